@@ -1,0 +1,45 @@
+# Everything happens in .venv; PYTHON chooses the interpreter that creates it.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# Installs share one environment, so they must not run side by side.
+.NOTPARALLEL:
+.PHONY: setup demo test lint docs clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.installed-torch,test
+
+demo: .venv/.installed-examples
+	$(BIN)/python examples/train_gpt.py
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: .venv/.installed-torch,lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+clean:
+	rm -rf .venv site dist build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras; it goes stale when the requirements or the pins change.
+# The build backend is installed first, not in an isolated build, because constraints do not reach isolated builds.
+.venv/.installed-%: pyproject.toml constraints.txt .venv/.created
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "optimisers needs Python 3.11 or newer; '$(PYTHON)' is not. Choose one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+# Intermediate files are deleted by make unless they are precious: the stamps are made through a pattern.
+.PRECIOUS: .venv/.installed-% .venv/.created

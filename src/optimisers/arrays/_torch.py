@@ -1,0 +1,48 @@
+"""What only concerns torch tensors. Imported only once a tensor has been seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C import _functorch  # the only way to tell a tensor inside a torch.func transform
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether x is seen from inside a ``torch.func`` transform (vmap, grad, jvp)."""
+    return bool(_functorch.is_functorch_wrapped_tensor(x))
+
+
+def is_concrete(x: torch.Tensor) -> bool:
+    """Whether ``x.item()`` would give x's value, without a graph and without leaving the host."""
+    if torch.compiler.is_compiling() or x.requires_grad or x.device.type != "cpu":
+        return False
+    return not (is_transformed(x) or isinstance(x, FakeTensor))
+
+
+def can_read(x: torch.Tensor) -> bool:
+    """Whether ``x.item()`` would give x's value."""
+    return not (torch.compiler.is_compiling() or is_transformed(x) or isinstance(x, FakeTensor) or x.device.type == "meta")
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    if memory_of(a) is None or memory_of(b) is None or a.device != b.device:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def scalar(value: float) -> torch.Tensor:
+    """A 0-d tensor on the host: float64 for a float, int64 for an int."""
+    dtype = torch.int64 if isinstance(value, int) else torch.float64
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def memory_of(x: torch.Tensor) -> tuple[Any, int] | None:
+    """(owner of the memory, address of the first element), or None where tensors have no address."""
+    if is_transformed(x) or isinstance(x, FakeTensor) or torch.compiler.is_compiling() or x.device.type == "meta":
+        return None
+    if x.layout != torch.strided:
+        return None
+    return str(x.device), x.data_ptr()

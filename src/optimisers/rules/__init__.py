@@ -1,0 +1,29 @@
+"""The rules: one algorithm a file, one line here."""
+
+from ._base import AbstractRule as AbstractRule
+from ._base import MeasuredRule as MeasuredRule
+from .accumgrad import AccumGrad as AccumGrad
+from .adabelief import AdaBelief as AdaBelief
+from .adadelta import AdaDelta as AdaDelta
+from .adagrad import AdaGrad as AdaGrad
+from .adam import Adam as Adam
+from .adamax import AdaMax as AdaMax
+from .adamw import AdamW as AdamW
+from .amsgrad import AMSGrad as AMSGrad
+from .chain import OptimiserChain as OptimiserChain
+from .clipglobalnorm import ClipGlobalNorm as ClipGlobalNorm
+from .clipgrad import ClipGrad as ClipGrad
+from .clipnorm import ClipNorm as ClipNorm
+from .descent import Descent as Descent
+from .lion import Lion as Lion
+from .mixedprecision import MixedPrecision as MixedPrecision
+from .momentum import Momentum as Momentum
+from .nadam import NAdam as NAdam
+from .nesterov import Nesterov as Nesterov
+from .oadam import OAdam as OAdam
+from .radam import RAdam as RAdam
+from .rmsprop import RMSProp as RMSProp
+from .rprop import Rprop as Rprop
+from .scheduled import Scheduled as Scheduled
+from .signdecay import SignDecay as SignDecay
+from .weightdecay import WeightDecay as WeightDecay

@@ -1,0 +1,68 @@
+"""Composition of rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import Array
+from ..errors import RuleError
+from ._adjust import with_eta
+from ._base import AbstractRule, CompositeRule, Law, Stages, State, walk
+from .mixedprecision import MixedPrecision
+
+
+@dataclass(frozen=True, init=False)
+class OptimiserChain(CompositeRule):
+    """Rules applied one after another, each to what the last one returned. An empty chain subtracts the gradient itself.
+
+    rules: the members, in order.
+    State: the tuple of the members' states. If a member returns no step, later members do not run and keep their state.
+    """
+
+    rules: tuple[AbstractRule, ...]
+
+    def __init__(self, *rules: AbstractRule) -> None:
+        for i, rule in enumerate(rules):
+            if not isinstance(rule, AbstractRule):
+                msg = f"OptimiserChain: member {i} must be a rule; got {type(rule).__name__}"
+                raise RuleError(msg)
+            if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
+                msg = (
+                    f"OptimiserChain: member {i} is {type(rule).__name__} with MixedPrecision; put the chain inside it: "
+                    "MixedPrecision(OptimiserChain(...))"
+                )
+                raise RuleError(msg)
+        object.__setattr__(self, "rules", tuple(rules))
+
+    @property
+    def law(self) -> Law:
+        laws = {rule.law for rule in self.rules}
+        if laws <= {"elementwise"}:
+            return "elementwise"
+        if laws <= {"elementwise", "stackable"}:
+            return "stackable"
+        return "measured" if laws <= {"elementwise", "measured"} else "none"
+
+    def replace(self, **changes: Any) -> OptimiserChain:
+        return OptimiserChain(*changes.get("rules", self.rules))
+
+    def with_eta(self, eta: Any, base: OptimiserChain) -> OptimiserChain:
+        return OptimiserChain(*(with_eta(rule, eta, old) for rule, old in zip(self.rules, base.rules, strict=True)))
+
+    def init(self, x: Array) -> State:
+        return tuple(rule.init(x) for rule in self.rules)
+
+    def init_as(self, x: Array, dtype: str) -> State:
+        return tuple(rule.init_as(x, dtype) for rule in self.rules)
+
+    def stages(self, state: State, x: Array, dx: Array) -> Stages:
+        after = list(state)
+        for i, rule in enumerate(self.rules):
+            after[i], dx = yield from rule.stages(state[i], x, dx)
+            if dx is None:
+                break
+        return tuple(after), dx
+
+    def __repr__(self) -> str:
+        return f"OptimiserChain({', '.join(map(repr, self.rules))})"

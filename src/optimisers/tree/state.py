@@ -1,0 +1,417 @@
+"""The state tree: an explicit immutable value, indexed like the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import optree
+
+from ..arrays import dtype_name, is_concrete, is_number, kind, torch_if_loaded
+from ..errors import ConsumedStateError
+from ..rules._base import AbstractRule
+from ..rules._fields import is_tensor
+from ..rules._precision import map_state, state_leaves
+from .leaves import Place, Slot
+from .show import state_table
+from .structure import ModuleStructure, Structure, TreeStructure
+
+
+class Lease:
+    """The right to use the memory of some arrays: shared by all states that hold them, ended by ``update_``."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def __copy__(self) -> Lease:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return Lease()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """What a state tree holds for one array.
+
+    rule: the rule that steps it, or None if it is not trained.
+    state: what the rule remembers; over torch, counters and powers are 0-d tensors.
+    frozen: whether updates pass it over.
+    """
+
+    rule: AbstractRule | None
+    state: Any
+    frozen: bool = False
+
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Leaf):
+            return NotImplemented
+        return self.rule == other.rule and self.frozen == other.frozen and same_state(self.state, other.state)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the state tree keeps for one slot; ``state`` holds counters as Python numbers."""
+
+    rule: AbstractRule | None
+    base: AbstractRule | None
+    """The rule as given at setup, from which ratios and ``times=`` are taken."""
+    state: Any
+    numbers: tuple[bool, ...]
+    """Which leaves of the state are counters rather than arrays."""
+    frozen: bool
+    reason: str
+    lease: Lease
+
+    def replace(self, **changes: Any) -> Entry:
+        new = copy.copy(self)
+        new.__dict__.update(changes)
+        return new
+
+
+@final
+class StateTree:
+    """The state of a rule, or of many, over a model: what :func:`setup` returns.
+
+    Immutable. Indexed like the model: ``state["layers"][0]["weight"]``, attribute access for attribute-like nodes, dotted
+    names for modules, ``state[()]`` for the only leaf of a bare array; a leaf shows as :class:`Leaf`, an array that is not
+    trainable as None. ``==`` compares structure, rules, dtypes and bytes. ``print`` shows a table. It is a pytree for
+    optree and for torch: its leaves are the arrays of the state, with counters as 0-d tensors over torch, and the fields
+    of rules that are tensors; a tied array appears once.
+    """
+
+    __slots__ = ("_entries", "_slots", "_structure")
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    _structure: Structure
+    _slots: tuple[Slot, ...]
+    _entries: tuple[Entry, ...]
+
+    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry]) -> None:
+        object.__setattr__(self, "_structure", structure)
+        object.__setattr__(self, "_slots", slots)
+        object.__setattr__(self, "_entries", tuple(entries))
+        _register_with_torch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        msg = "a state tree is immutable; use adjust, freeze and thaw, which return a new one"
+        raise AttributeError(msg)
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__setattr__("", value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StateTree, (self._structure, self._slots, self._entries)
+
+    # --- reading ---
+
+    def __getitem__(self, key: Any) -> Any:
+        check_alive(self)
+        if isinstance(self._structure, ModuleStructure):
+            return self._leaf(self._module_index(key))
+        if self._structure.spec.is_leaf():
+            if key != ():
+                raise KeyError(f"this is the state of a single array; its leaf is state[()], not state[{key!r}]")
+            return self._leaf(0)
+        if isinstance(key, int) and key < 0 and self._structure.spec.type in {list, tuple}:
+            key += self._structure.spec.num_children
+        entries = self._structure.spec.entries()
+        names = [key == entry and type(key) is type(entry) for entry in entries]
+        if not any(names):
+            names = [key == entry for entry in entries]
+        if not any(names):
+            error = IndexError if isinstance(key, int) and not self._is_mapping() else KeyError
+            raise error(f"the state has no entry {key!r} here; it has {', '.join(map(repr, entries)) or 'none'}")
+        return self._child(names.index(True))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if isinstance(self._structure, TreeStructure):
+            spec = self._structure.spec
+            if spec.is_leaf() and name in {"rule", "state", "frozen"}:
+                return getattr(self[()], name)
+            fields = getattr(spec.type, "_fields", None) if isinstance(spec.type, type) else None
+            names = list(fields) if fields else ([] if self._is_mapping() else spec.entries())
+            if name in names:
+                check_alive(self)
+                return self._child(names.index(name))
+        msg = f"the state has no attribute {name!r} here; index it like the model, state[...]"
+        raise AttributeError(msg)
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._structure, TreeStructure) and not self._is_mapping():
+            return (self._child(i) for i in range(self._structure.spec.num_children))
+        return iter(self._names())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names()
+
+    def _names(self) -> list[Any]:
+        if isinstance(self._structure, ModuleStructure):
+            return [slot.path for slot in self._slots]
+        return [] if self._structure.spec.is_leaf() else list(self._structure.spec.entries())
+
+    def _is_mapping(self) -> bool:
+        kind_of = self._structure.spec.type if isinstance(self._structure, TreeStructure) else None
+        return isinstance(kind_of, type) and issubclass(kind_of, dict)
+
+    def _module_index(self, key: Any) -> int:
+        aliases = dict(self._structure.aliases)  # type: ignore[union-attr]
+        name = aliases.get(key, key)
+        if name not in self._structure.paths:
+            inside = [path for path in self._structure.paths if isinstance(key, str) and path.startswith(key + ".")]
+            hint = f"; did you mean one of {', '.join(map(repr, inside))}?" if inside else ""
+            raise KeyError(f"the module has no parameter {key!r}{hint}")
+        return self._structure.paths.index(name)
+
+    def _leaf(self, index: int) -> Leaf | None:
+        for slot, entry in zip(self._slots, self._entries, strict=True):
+            if any(place.leaf == index for place in slot.places):
+                return Leaf(entry.rule, shown_state(entry, slot.kind), entry.frozen)
+        return None
+
+    def _child(self, i: int) -> Any:
+        structure: Any = self._structure
+        children_specs = structure.spec.children()
+        start = sum(spec.num_leaves for spec in children_specs[:i])
+        spec = children_specs[i]
+        if spec.is_leaf():
+            return self._leaf(start)
+        end = start + spec.num_leaves
+        slots, entries = [], []
+        for slot, entry in zip(self._slots, self._entries, strict=True):
+            places = tuple(Place(p.leaf - start, p.permutation) for p in slot.places if start <= p.leaf < end)
+            if places:
+                slots.append(Slot(slot.param, places, slot.kind, slot.dtype))
+                entries.append(entry)
+        return StateTree(TreeStructure(spec, structure.keys[start:end], structure.paths[start:end]), tuple(slots), entries)
+
+    # --- comparing and showing ---
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StateTree):
+            return NotImplemented
+        check_alive(self)
+        check_alive(other)
+        if self._structure != other._structure or self._slots != other._slots:
+            return False
+        return all(
+            a.rule == b.rule and a.frozen == b.frozen and same_state(a.state, b.state)
+            for a, b in zip(self._entries, other._entries, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        if any(entry.lease.ended for entry in self._entries):
+            return "StateTree(consumed by update_)"
+        return state_table(
+            [(slot, e.rule, e.state, e.frozen, e.reason) for slot, e in zip(self._slots, self._entries, strict=True)]
+        )
+
+
+def check_alive(state: StateTree) -> None:
+    """Raise ConsumedStateError if ``update_`` has taken over memory that this state holds."""
+    for entry in state._entries:
+        if entry.lease.ended:
+            msg = (
+                "this state was consumed by update_, which re-used its memory. Go on with the state that update_ returned, or "
+                "use update, which leaves its arguments as they are"
+            )
+            raise ConsumedStateError(msg)
+
+
+def rebuilt(state: StateTree, entries: Iterable[Entry]) -> StateTree:
+    """The same tree with other entries."""
+    return StateTree(state._structure, state._slots, entries)
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two states have the same nesting, dtypes and bytes."""
+    if type(a) is not type(b) and not (is_number(a) and is_number(b)):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    if kind(a) is None:
+        return bool(a == b) or (a != a and b != b)  # noqa: PLR0124 (NaN)
+    if a.shape != b.shape or dtype_name(a) != dtype_name(b):
+        return False
+    return _bytes(a) == _bytes(b)
+
+
+def _bytes(x: Any) -> bytes:
+    if kind(x) == "torch":
+        torch: Any = torch_if_loaded()
+        flat = x.detach().cpu().contiguous().reshape(-1)
+        x = flat.view(torch.uint8).numpy()
+    return x.tobytes()  # type: ignore[no-any-return]
+
+
+def shown_state(entry: Entry, array_kind: str) -> Any:
+    """The state of a slot with its counters as users see them: 0-d tensors over torch, numbers over NumPy."""
+    if array_kind != "torch":
+        return entry.state
+    from ..arrays import _torch
+
+    return map_state(lambda leaf: _torch.scalar(leaf) if is_number(leaf) else leaf, entry.state)
+
+
+def host_state(entry: Entry) -> Any:
+    """The state as rules compute with it: counters as Python numbers wherever their values can be read."""
+    if not any(entry.numbers):
+        return entry.state
+    leaves = state_leaves(entry.state)
+    if len(leaves) != len(entry.numbers) or all(is_number(leaf) for leaf, n in zip(leaves, entry.numbers, strict=True) if n):
+        return entry.state
+    flags = iter(entry.numbers)
+
+    def read(leaf: Any) -> Any:
+        number = next(flags) and kind(leaf) is not None and leaf.ndim == 0 and is_concrete(leaf)
+        return leaf.item() if number else leaf
+
+    return map_state(read, entry.state)
+
+
+def numbers_in(state: Any) -> tuple[bool, ...]:
+    """Which leaves of a fresh state are counters: rules make them as Python numbers."""
+    return tuple(is_number(leaf) for leaf in state_leaves(state))
+
+
+# --- pytree ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """Stands in an auxiliary value where a pytree leaf was taken out."""
+
+    index: int
+
+
+class _Static:
+    """What a state tree is without its arrays: compared when two of them are mapped over together."""
+
+    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: tuple[Entry, ...]) -> None:
+        self.structure, self.slots, self.entries = structure, slots, entries
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.structure, self.slots, tuple((e.rule, e.state, e.numbers, e.frozen) for e in self.entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash((self.slots, tuple(e.frozen for e in self.entries)))
+
+
+def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
+    """(arrays and tensor-valued fields of rules, the rest, a name for each)."""
+    check_alive(state)
+    leaves: list[Any] = []
+    names: list[str] = []
+    rules: dict[int, AbstractRule | None] = {}
+
+    def take(name: str) -> Any:
+        def inner(leaf: Any) -> _Hole:
+            leaves.append(leaf)
+            names.append(name)
+            return _Hole(len(leaves) - 1)
+
+        return inner
+
+    entries = []
+    for slot, entry in zip(state._slots, state._entries, strict=True):
+        for rule in (entry.rule, entry.base):
+            if id(rule) not in rules:
+                rules[id(rule)] = None if rule is None else _map_tensors(rule, take(f"{slot.path}:rule"))
+        visible = shown_state(entry, slot.kind)
+        hollow = map_state(take(f"{slot.path}:state"), visible)
+        entries.append(entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=hollow))
+    return leaves, _Static(state._structure, state._slots, tuple(entries)), names
+
+
+def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
+    """A state tree from its arrays, with memory of its own as far as ``update_`` is concerned."""
+    values = list(leaves)
+    lease = Lease()
+    rules: dict[int, AbstractRule | None] = {}
+
+    def fill(hole: Any) -> Any:
+        return values[hole.index]
+
+    entries = []
+    for entry in static.entries:
+        for rule in (entry.rule, entry.base):
+            if id(rule) not in rules:
+                rules[id(rule)] = None if rule is None else _map_holes(rule, fill)
+        state = map_state(fill, entry.state)
+        new = entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=state, lease=lease)
+        entries.append(new.replace(state=host_state(new)))
+    return StateTree(static.structure, static.slots, entries)
+
+
+def _map_tensors(rule: AbstractRule, f: Any) -> AbstractRule:
+    return _map_fields(rule, lambda value: f(value) if is_tensor(value) else value)
+
+
+def _map_holes(rule: AbstractRule, f: Any) -> AbstractRule:
+    return _map_fields(rule, lambda value: f(value) if isinstance(value, _Hole) else value)
+
+
+def _map_fields(rule: AbstractRule, f: Any) -> AbstractRule:
+    """The rule with f at every value and tuple item of its fields; unchecked, since leaves may be anything for a while."""
+    new = rule
+    for name, value in vars(rule).items():
+        if isinstance(value, AbstractRule):
+            mapped: Any = _map_fields(value, f)
+        elif type(value) is tuple:
+            items = [_map_fields(item, f) if isinstance(item, AbstractRule) else f(item) for item in value]
+            mapped = value if all(a is b for a, b in zip(items, value, strict=True)) else tuple(items)
+        else:
+            mapped = f(value)
+        if mapped is not value:
+            if new is rule:
+                new = copy.copy(rule)
+            object.__setattr__(new, name, mapped)
+    return new
+
+
+def _optree_flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
+    leaves, static, names = flatten(state)
+    return leaves, static, [f"{i}:{name}" for i, name in enumerate(names)]
+
+
+optree.register_pytree_node(
+    StateTree,
+    _optree_flatten,  # type: ignore[arg-type]
+    unflatten,  # type: ignore[arg-type]
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)
+
+_registered_with_torch = False
+
+
+def _register_with_torch() -> None:
+    """Register with torch's own pytree once torch is there; a program without torch never comes to need it."""
+    global _registered_with_torch  # noqa: PLW0603
+    if _registered_with_torch or torch_if_loaded() is None:
+        return
+    from torch.utils import _pytree
+
+    _registered_with_torch = True
+    _pytree.register_pytree_node(
+        StateTree,
+        lambda state: flatten(state)[:2],
+        lambda leaves, static: unflatten(static, leaves),
+        serialized_type_name="optimisers.StateTree",
+    )
