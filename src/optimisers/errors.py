@@ -5,6 +5,10 @@ Each message says what went wrong, where (the parameter's path, or the field of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 
 class OptimisersError(Exception):
     """Base of all errors of this library."""
@@ -50,9 +54,54 @@ class SelectionError(OptimisersError, LookupError, ValueError):
     """A pattern selects no parameter, or a parameter is selected by no pattern."""
 
 
+class EntryError(OptimisersError, KeyError, IndexError, AttributeError):
+    """A state tree has no entry of this key, index or name."""
+
+
+class ImmutableError(OptimisersError, TypeError, AttributeError):
+    """Something was to be assigned in a state tree, which is immutable."""
+
+
 class ConsumedStateError(OptimisersError, RuntimeError):
     """A state was used after ``update_`` had taken over its memory."""
 
 
 class ArgumentError(OptimisersError, TypeError):
     """An argument is of the wrong kind, for example a model where a state is expected."""
+
+
+def described(value: object) -> str:
+    """A value that is of the wrong kind, for a message: ``"None"``, ``"a dict"``, ``"the class Adam"``."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    text = f"{'an' if name[0] in 'aeiouAEIOU' or name == 'ndarray' else 'a'} {name}"
+    return f"{text} {value!r}" if isinstance(value, (int, float, complex, str)) else text
+
+
+def not_a_rule(value: object) -> str:
+    """What stands where a rule should, and what to write instead."""
+    if isinstance(value, type):
+        return f"{described(value)}; write {value.__name__}(...)"
+    return described(value) + ("; write OptimiserChain(*rules)" if isinstance(value, (list, tuple)) else "")
+
+
+@contextmanager
+def locating(path: str, doing: str = "") -> Iterator[None]:
+    """Name the parameter in errors raised inside: in the text of our own, in a note on those of others."""
+    where = f"parameter {path!r}" if path else "the array itself (the root)"
+    try:
+        yield
+    except OptimisersError as error:
+        if where not in str(error):
+            error.args = (f"{where}: {error}",)
+        raise
+    except Exception as error:
+        error.add_note(f"{doing or 'at'} {where}")
+        raise
+
+
+if not TYPE_CHECKING:  # type checkers read the classes above, and cannot evaluate this
+    __all__ = [name for name, value in vars().items() if isinstance(value, type) and issubclass(value, OptimisersError)]

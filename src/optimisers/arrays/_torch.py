@@ -33,6 +33,13 @@ def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def memory_key(x: torch.Tensor) -> int | None:
+    """The address of the storage, or None for a tensor without one."""
+    if memory_of(x) is None:
+        return None
+    return x.untyped_storage().data_ptr() or None
+
+
 def scalar(value: float) -> torch.Tensor:
     """A 0-d tensor on the host: float64 for a float, int64 for an int."""
     dtype = torch.int64 if isinstance(value, int) else torch.float64
@@ -41,8 +48,21 @@ def scalar(value: float) -> torch.Tensor:
 
 def memory_of(x: torch.Tensor) -> tuple[Any, int] | None:
     """(owner of the memory, address of the first element), or None where tensors have no address."""
-    if is_transformed(x) or isinstance(x, FakeTensor) or torch.compiler.is_compiling() or x.device.type == "meta":
-        return None
-    if x.layout != torch.strided:
+    if (
+        is_transformed(x)
+        or isinstance(x, FakeTensor)
+        or x.is_meta
+        or x.layout != torch.strided
+        or torch.compiler.is_compiling()
+    ):
         return None
     return str(x.device), x.data_ptr()
+
+
+def quick_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 matrix units (CUDA from compute capability 8.0 on)."""
+    if device.type != "cuda":
+        return False
+    if not torch.cuda.is_available():
+        return True  # a fake device stands for a modern one
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import can_read, cast_to, copied, dtype_name, is_number, kind, share_memory, working_dtype
-from ..errors import NonFiniteError, RuleError
+from ..arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
+from ..errors import NonFiniteError, RuleError, described, locating
 from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, walk
-from ..rules._precision import in_working_precision, map_state
+from ..rules._precision import in_working_precision, map_state, state_leaves
 
 
 class Job(NamedTuple):
@@ -65,19 +65,17 @@ class _Run:
 
     def _advance(self, i: int, measure: tuple[Any, ...] | None) -> None:
         try:
-            request = self.stages[i].send(measure)  # type: ignore[arg-type]
-            while True:
-                if request.rule.checks:
-                    self.checks.append((i, request))
-                if request.rule.scope is not None:
-                    self.waiting[i] = request
-                    return
-                request = self.stages[i].send(request.rule.combine([request.value]))
+            with locating(self.jobs[i].path):
+                request = self.stages[i].send(measure)  # type: ignore[arg-type]
+                while True:
+                    if request.rule.checks:
+                        self.checks.append((i, request))
+                    if request.rule.scope is not None:
+                        self.waiting[i] = request
+                        return
+                    request = self.stages[i].send(request.rule.combine([request.value]))
         except StopIteration as stop:
             self.results[i] = stop.value
-        except Exception as error:
-            error.add_note(f"while stepping the parameter {self.jobs[i].path!r} with {self.jobs[i].rule!r}")
-            raise
 
     def _release(self, scope: str) -> None:
         members = [i for i, request in self.waiting.items() if request.rule.scope == scope]
@@ -117,7 +115,7 @@ def _scopes(rule: AbstractRule) -> Counter[str]:
 
 
 def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    first = next((value for value in measures[0] if kind(value) == "torch"), None)
+    first = next((value for measure in measures for value in measure if kind(value) == "torch"), None)
     if first is None:
         return measures
     return [tuple(v.to(first.device) if kind(v) == "torch" else v for v in measure) for measure in measures]
@@ -125,7 +123,7 @@ def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def _beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
     if kind(x) != "torch":
-        return measure
+        return tuple(v.item() if kind(v) == "torch" else v for v in measure)  # a tree of both kinds
     return tuple(v.to(x.device) if kind(v) == "torch" else v for v in measure)
 
 
@@ -146,31 +144,51 @@ def _read(measures: Sequence[tuple[Any, ...]]) -> list[tuple[float, ...]]:
 
 def _outcome(job: Job, state: Any, dx: Any) -> Outcome:
     x = job.x
-    state = map_state(lambda leaf: copied(leaf) if kind(leaf) and _borrowed(leaf, job) else leaf, state)
-    _check_state(state, job)
+    state = _kept(state, job)
     if dx is None:
         return Outcome(state, None)
     own = dtype_name(x)
+    dx = as_array(dx)
     if isinstance(dx, Assign):
         return Outcome(state, _laid_out(cast_to(dx.value, own), x))
     if not kind(dx) or tuple(dx.shape) != tuple(x.shape):
-        got = f"an array of shape {tuple(dx.shape)}" if kind(dx) else type(dx).__name__
-        msg = f"{job.rule!r} returned {got} as the step of {job.path!r}, which has shape {tuple(x.shape)}"
+        got = f"an array of shape {tuple(dx.shape)}" if kind(dx) else described(dx)
+        msg = (
+            f"{job.rule!r} returned {got} as the step of {job.path!r}; apply must return (state, step), the step an array of "
+            f"shape {tuple(x.shape)}, or None"
+        )
         raise RuleError(msg)
     return Outcome(state, _laid_out(cast_to(cast_to(x, working_dtype(own)) - dx, own), x))
 
 
-def _borrowed(leaf: Any, job: Job) -> bool:
-    """Whether a state array is the caller's own gradient or parameter, which may change under our hands."""
-    return share_memory(leaf, job.dx) or share_memory(leaf, job.x)
+def _kept(state: Any, job: Job) -> Any:
+    """The new state, checked; arrays that are the caller's own gradient or parameter are copied, since those may change."""
+    leaves = state_leaves(state)
+    borrowed = False
+    taken = {memory_key(job.dx), memory_key(job.x)} - {None}
+    for leaf in leaves:
+        if type(leaf) is float or type(leaf) is int:
+            continue
+        if kind(leaf) is None and not is_number(leaf):
+            check_state(state, job.rule, job.path)
+        borrowed = borrowed or leaf is job.dx or leaf is job.x or memory_key(leaf) in taken
+    if not borrowed:
+        return state
+
+    def owned(leaf: Any) -> Any:
+        return copied(leaf) if leaf is job.dx or leaf is job.x or memory_key(leaf) in taken else leaf
+
+    return map_state(owned, state)
 
 
-def _check_state(state: Any, job: Job) -> None:
+def check_state(state: Any, rule: AbstractRule, path: str) -> None:
+    """Raise RuleError unless the state is made of what a state may hold."""
+
     def check(leaf: Any) -> None:
         if kind(leaf) is None and not is_number(leaf):
             msg = (
-                f"{job.rule!r} keeps a {type(leaf).__name__} in the state of {job.path!r}; a state is made of arrays and "
-                "numbers in tuples, lists and dicts, or is None"
+                f"{rule!r} keeps {described(leaf)} in the state of {path!r}; a state is made of arrays and numbers in tuples, "
+                "lists and dicts, or is None"
             )
             raise RuleError(msg)
 
@@ -179,6 +197,7 @@ def _check_state(state: Any, job: Job) -> None:
 
 def _laid_out(new: Any, x: Any) -> Any:
     """new with the strides of x, which NumPy loses where operands differ in layout."""
+    new = as_array(new)
     if isinstance(new, np.ndarray) and new.strides != x.strides:
         out = np.empty_like(x)
         out[...] = new

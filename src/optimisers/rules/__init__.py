@@ -1,5 +1,7 @@
 """The rules: one algorithm a file, one line here."""
 
+from typing import TYPE_CHECKING
+
 from ._base import AbstractRule as AbstractRule
 from ._base import MeasuredRule as MeasuredRule
 from .accumgrad import AccumGrad as AccumGrad
@@ -9,17 +11,25 @@ from .adagrad import AdaGrad as AdaGrad
 from .adam import Adam as Adam
 from .adamax import AdaMax as AdaMax
 from .adamw import AdamW as AdamW
+from .adaptivegradnormcontrol import AdaptiveGradNormControl as AdaptiveGradNormControl
 from .amsgrad import AMSGrad as AMSGrad
+from .apollo import Apollo as Apollo
 from .chain import OptimiserChain as OptimiserChain
 from .clipglobalnorm import ClipGlobalNorm as ClipGlobalNorm
 from .clipgrad import ClipGrad as ClipGrad
 from .clipnorm import ClipNorm as ClipNorm
 from .descent import Descent as Descent
+from .gradnormcontrol import GradNormControl as GradNormControl
 from .lion import Lion as Lion
+from .matrix_step import Orthogonalise as Orthogonalise
 from .mixedprecision import MixedPrecision as MixedPrecision
 from .momentum import Momentum as Momentum
+from .muon import Muon as Muon
 from .nadam import NAdam as NAdam
 from .nesterov import Nesterov as Nesterov
+from .newtonschulz import NewtonSchulz as NewtonSchulz
+from .newtonschulz import orthogonalise as orthogonalise
+from .normgrowthcap import NormGrowthCap as NormGrowthCap
 from .oadam import OAdam as OAdam
 from .radam import RAdam as RAdam
 from .rmsprop import RMSProp as RMSProp
@@ -27,3 +37,6 @@ from .rprop import Rprop as Rprop
 from .scheduled import Scheduled as Scheduled
 from .signdecay import SignDecay as SignDecay
 from .weightdecay import WeightDecay as WeightDecay
+
+if not TYPE_CHECKING:  # type checkers read the imports above, and cannot evaluate this
+    __all__ = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import HyperParameterError, UnknownFieldError
-from ._base import AbstractRule, children, walk, with_child
+from ..errors import HyperParameterError, SelectionError, UnknownFieldError
+from ._base import AbstractRule, CompositeRule, children, walk, with_child
 from ._fields import is_tensor, unknown_field
 
 
@@ -40,6 +40,20 @@ class Change:
                 rule = with_child(rule, name, index, new)
         return rule, found
 
+    def refuse_unfound(self, found: set[str], rules: list[AbstractRule]) -> None:
+        """Raise SelectionError if no rule is of the type asked for, UnknownFieldError if none of those has the field."""
+        inside = [inner for rule in rules for inner in walk(rule)]
+        reached = rules
+        if self.rule is not None:
+            reached = [inner for inner in inside if isinstance(inner, self.rule)]
+            if not reached:
+                wanted = " or ".join(t.__name__ for t in (self.rule if isinstance(self.rule, tuple) else (self.rule,)))
+                there = ", ".join(sorted({type(inner).__name__ for inner in inside}))
+                msg = f"adjust: no selected rule is of type {wanted}; the types are {there}"
+                raise SelectionError(msg)
+        if missing := sorted((set(self.fields) or {"eta"}) - found):
+            raise nothing_found(missing, reached)
+
 
 def child_of(base: AbstractRule, name: str, index: int | None, child: AbstractRule) -> AbstractRule:
     """The rule that stands in base where child stands now, or child itself if base is built otherwise."""
@@ -56,7 +70,13 @@ def has_eta(rule: AbstractRule) -> bool:
 
 def field_names(rule: AbstractRule) -> list[str]:
     """The names of a rule's own fields."""
-    return [f.name for f in dataclasses.fields(rule)]  # type: ignore[arg-type]
+    return [f.name for f in dataclasses.fields(rule) if not f.name.startswith("_")]  # type: ignore[arg-type]
+
+
+def settable(rule: AbstractRule) -> list[str]:
+    """The names of the fields that ``adjust`` may set by name: those that hold no rules."""
+    holding = {name for name, _, _ in children(rule)}
+    return [name for name in field_names(rule) if name not in holding]
 
 
 def with_eta(rule: AbstractRule, eta: Any, base: AbstractRule) -> AbstractRule:
@@ -104,12 +124,12 @@ def refuse_structural(rule: AbstractRule, name: str) -> None:
     holds_rules = any(name == field for field, _, _ in children(rule))
     if name in rule.structural or holds_rules:
         kind = type(rule).__name__
-        why = (
-            "holds rules; adjust those with rule=TheirType" if holds_rules else "is fixed at setup, since the state follows it"
-        )
         msg = (
-            f"adjust: field {name!r} of {kind} {why}. Set up a new state to change it, or pass over {kind} with rule= or where="
+            f"adjust: field {name!r} of {kind} is fixed at setup, since the state follows it. Set up a new state to change "
+            f"it, or pass over {kind} with rule= or where="
         )
+        if holds_rules:
+            msg = f"adjust: field {name!r} of {kind} holds rules; adjust those, with rule=TheirType"
         raise HyperParameterError(msg)
 
 
@@ -118,20 +138,20 @@ def nothing_found(names: list[str], rules: list[AbstractRule]) -> UnknownFieldEr
     known: dict[str, list[str]] = {}
     for rule in rules:
         for inner in walk(rule):
-            known.setdefault(type(inner).__name__, field_names(inner))
+            if isinstance(inner, CompositeRule) and not settable(inner):
+                continue
+            known.setdefault(type(inner).__name__, settable(inner))
     if len(known) == 1:
         ((kind, fields),) = known.items()
         return UnknownFieldError("adjust: " + unknown_field(kind, names[0], fields))
     every = sorted({name for fields in known.values() for name in fields})
     text = "; ".join(f"{kind}({', '.join(fields)})" for kind, fields in known.items())
-    hint = unknown_field("", names[0], every).split(" Its fields")[0].strip()
-    return UnknownFieldError(f"adjust: no selected rule: {hint} The selected rules and their fields: {text or 'none'}")
+    hint = unknown_field("", names[0], every).split(" Its fields")[0].split(repr(names[0]), 1)[1]
+    return UnknownFieldError(f"adjust: no selected rule has a field {names[0]!r}{hint} The selected rules: {text or 'none'}")
 
 
 def adjust_rule(rule: AbstractRule, change: Change) -> AbstractRule:
     """One rule adjusted on its own; its present values are the base."""
     new, found = change.apply(rule, rule)
-    wanted = set(change.fields) or {"eta"}
-    if missing := sorted(wanted - found):
-        raise nothing_found(missing, [rule])
+    change.refuse_unfound(found, [rule])
     return new

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-from ..errors import RuleError
+from ..errors import RuleError, described
 from ._fields import check_arguments, checked, is_tensor
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class AbstractRule(ABC):
     ``law`` is what the rule promises about itself, and what the engine may rely on:
 
     * ``"elementwise"``: ``apply`` on a concatenation of arrays must be the concatenation of the ``apply``\\ s;
-    * ``"stackable"``: ``apply`` on a stack of equal-shaped arrays must be the stack of the ``apply``\\ s, when the rule
-      treats leading dimensions as a stack;
+    * ``"stackable"``: ``stacked().apply`` on a stack of equal-shaped arrays must be the stack of the ``apply``\ s;
     * ``"measured"``: a few numbers are measured first (see :class:`MeasuredRule`), and the rest is elementwise;
     * ``"none"`` (the default): nothing is promised, and each array is stepped on its own.
     """
@@ -79,8 +78,28 @@ class AbstractRule(ABC):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         """``apply`` as a generator that stops wherever a measure is needed. Only rules made of rules override it."""
-        return self.apply(state, x, dx)
+        return _pair(self, "apply", self.apply(state, x, dx))
         yield  # makes this a generator
+
+    def resolved(self, x: Array, path: str) -> Self:
+        """The rule for this one array, once and for all: what depends on the array or on its path is decided at setup."""
+        return self._with_children(lambda child: child.resolved(x, path))
+
+    def unresolved(self) -> Self:
+        """The rule as it was written, before :meth:`resolved`."""
+        return self._with_children(lambda child: child.unresolved())
+
+    def stacked(self) -> Self:
+        """The rule for a stack of such arrays along a new first axis, where ``law`` is ``"stackable"``."""
+        return self._with_children(lambda child: child.stacked())
+
+    def _with_children(self, f: Callable[[AbstractRule], AbstractRule]) -> Self:
+        rule: Any = self
+        for name, index, child in list(children(self)):
+            new = f(child)
+            if new is not child:
+                rule = with_child(rule, name, index, new)
+        return rule  # type: ignore[no-any-return]
 
     def init_as(self, x: Array, dtype: str) -> State:
         """``init`` with moments of the named dtype."""
@@ -129,7 +148,7 @@ class AbstractRule(ABC):
         return _restored, (type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        inner = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.repr)  # type: ignore[arg-type]
         return f"{type(self).__name__}({inner})"
 
     def __eq__(self, other: object) -> bool:
@@ -189,7 +208,7 @@ class MeasuredRule(AbstractRule):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         measure = yield Measurement(self, self.measure(state, x, dx))
-        return self.apply_measured(state, x, dx, measure)
+        return _pair(self, "apply_measured", self.apply_measured(state, x, dx, measure))
 
 
 class CompositeRule(AbstractRule):
@@ -200,6 +219,13 @@ class CompositeRule(AbstractRule):
 
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array | None]:
         return run_alone(self.stages(state, x, dx))
+
+
+def _pair(rule: AbstractRule, method: str, result: Any) -> tuple[State, Any]:
+    if not (isinstance(result, tuple) and len(result) == 2):
+        msg = f"{type(rule).__name__}.{method} must return a pair (state, step); got {described(result)}"
+        raise RuleError(msg)
+    return result
 
 
 def run_alone(stages: Stages) -> tuple[State, Any]:
@@ -221,7 +247,7 @@ def check_alone(request: Measurement) -> None:
     if request.rule.checks and all(is_concrete(value) for value in request.value):
         fault = request.rule.fault(tuple(float(value) for value in request.value))
         if fault:
-            msg = f"{type(request.rule).__name__}: {fault}"
+            msg = f"{type(request.rule).__name__}: {fault}. Set throw=False to let it through"
             raise NonFiniteError(msg)
 
 

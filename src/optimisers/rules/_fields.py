@@ -140,7 +140,7 @@ def check_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     positional = [f for f in fields if not f.kw_only]
     if len(args) > len(positional):
         msg = (
-            f"{cls.__name__} takes {len(positional)} positional argument(s) ({', '.join(f.name for f in positional)}), "
+            f"{cls.__name__} takes at most {len(positional)} positional arguments ({', '.join(f.name for f in positional)}), "
             f"got {len(args)}"
         )
         raise UnknownFieldError(msg)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ..arrays import HALF, Array, cast_to, dtype_name, is_number, kind, working_dtype
+from ..arrays import HALF, Array, as_array, cast_to, dtype_name, is_number, kind, working_dtype
 from ._base import AbstractRule, Stages, State, children, with_child
+
+_NUMBERS = (float, int)
 
 FLOAT16_EPSILON = 1e-7  # the smallest epsilon that float16 moments can tell from zero
 
@@ -26,8 +28,19 @@ def map_state(f: Any, state: State, *others: State) -> State:
 def state_leaves(state: State) -> list[Any]:
     """The arrays and numbers of a state, in order."""
     leaves: list[Any] = []
-    map_state(leaves.append, state)
+    _gather(state, leaves)
     return leaves
+
+
+def _gather(state: State, leaves: list[Any]) -> None:
+    if isinstance(state, (tuple, list)):
+        for item in state:
+            _gather(item, leaves)
+    elif isinstance(state, dict):
+        for item in state.values():
+            _gather(item, leaves)
+    elif state is not None:
+        leaves.append(state)
 
 
 def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) -> Stages:
@@ -37,18 +50,15 @@ def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) 
     """
     own = dtype_name(x)
     wide = working_dtype(own)
-    leaves = state_leaves(state)
-    names = {dtype_name(leaf) for leaf in leaves if kind(leaf)}
-    if "float16" in names:
+    names = [dtype_name(leaf) for leaf in state_leaves(state) if type(leaf) not in _NUMBERS and hasattr(leaf, "dtype")]
+    half = any(name in HALF for name in names)
+    if half and "float16" in names:
         rule = usable_in_float16(rule)
     if own != wide:
         x = cast_to(x, wide)
     dx = cast_to(dx, dtype_name(x))
-    before = map_state(_widened, state) if names & HALF else state
-    after, step = yield from rule.stages(before, x, dx)
-    if after is not state:
-        after = _rounded(after, state)
-    return after, step
+    after, step = yield from rule.stages(map_state(_widened, state) if half else state, x, dx)
+    return _rounded(after, state), step
 
 
 def _widened(leaf: Any) -> Any:
@@ -57,15 +67,25 @@ def _widened(leaf: Any) -> Any:
 
 def _rounded(after: State, before: State) -> State:
     """The new state in the dtypes of the old one, where the two have the same structure."""
+    if after is before:
+        return after
+    new, old = state_leaves(after), state_leaves(before)
+    if len(new) == len(old) and all(_alike(a, b) for a, b in zip(new, old, strict=True)):
+        return after
     try:
         return map_state(_like, after, before)
     except (TypeError, ValueError, KeyError, IndexError):
         return after  # a rule may change the structure of its state; then it chooses the dtypes too
 
 
+def _alike(new: Any, old: Any) -> bool:
+    return type(new) in _NUMBERS if type(old) in _NUMBERS else type(new) is type(old) and new.dtype == old.dtype
+
+
 def _like(new: Any, old: Any) -> Any:
-    if kind(new) and kind(old) and not is_number(old):
-        return cast_to(new, dtype_name(old))
+    if kind(old):
+        new = as_array(new)
+        return cast_to(new, dtype_name(old)) if kind(new) else new
     return new
 
 

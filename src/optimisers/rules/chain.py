@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array
-from ..errors import RuleError
+from ..errors import RuleError, not_a_rule
 from ._adjust import with_eta
 from ._base import AbstractRule, CompositeRule, Law, Stages, State, walk
 from .mixedprecision import MixedPrecision
@@ -25,12 +25,12 @@ class OptimiserChain(CompositeRule):
     def __init__(self, *rules: AbstractRule) -> None:
         for i, rule in enumerate(rules):
             if not isinstance(rule, AbstractRule):
-                msg = f"OptimiserChain: member {i} must be a rule; got {type(rule).__name__}"
+                msg = f"OptimiserChain: member {i} must be a rule; got {not_a_rule(rule)}"
                 raise RuleError(msg)
             if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
                 msg = (
-                    f"OptimiserChain: member {i} is {type(rule).__name__} with MixedPrecision; put the chain inside it: "
-                    "MixedPrecision(OptimiserChain(...))"
+                    f"OptimiserChain: member {i}, {type(rule).__name__}, is or holds a MixedPrecision; put the chain inside "
+                    "that: MixedPrecision(OptimiserChain(...))"
                 )
                 raise RuleError(msg)
         object.__setattr__(self, "rules", tuple(rules))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
-from ..arrays import Array, maximum, minimum, norm, scalar_like
-from ._base import MeasuredRule, State
-from ._fields import Interval, bounded, inf
+from ..arrays import Array, maximum, norm, scalar_like, stack
+from ._base import State
+from ._fields import Interval, bounded
+from ._norm import NormRule
 
 
 @dataclass(frozen=True)
-class ClipGlobalNorm(MeasuredRule):
+class ClipGlobalNorm(NormRule):
     """Scales the gradients of all arrays by ``min(1, omega / norm)``, with one p-norm over all of them.
 
     The norm is taken over every array whose chain holds a ClipGlobalNorm of the same group, whatever else their chains
@@ -38,18 +38,9 @@ class ClipGlobalNorm(MeasuredRule):
     def init(self, x: Array) -> State:
         return None
 
-    def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
-        return (norm(dx, self.p),)
-
     def combine(self, measures: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-        norms = [length for (length,) in measures]
-        if self.p == inf:
-            return (reduce(maximum, norms),)
-        return (sum(length**self.p for length in norms) ** (1 / self.p),)
-
-    def fault(self, measure: tuple[float, ...]) -> str | None:
-        return None if super().fault(measure) is None else f"the {self.p:g}-norm of its gradient is {measure[0]}"
+        return (norm(stack([length for (length,) in measures]), self.p),)
 
     def apply_measured(self, state: State, x: Array, dx: Array, measure: tuple[Array, ...]) -> tuple[State, Array]:
         (length,) = measure
-        return state, dx * scalar_like(minimum(self.omega / length, 1.0), dx)
+        return state, dx * scalar_like(self.omega / maximum(length, self.omega), dx)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import Array, minimum, norm, scalar_like
-from ._base import MeasuredRule, State
+from ..arrays import Array, maximum, scalar_like
+from ._base import State
 from ._fields import Interval, bounded
+from ._norm import NormRule
 
 
 @dataclass(frozen=True)
-class ClipNorm(MeasuredRule):
+class ClipNorm(NormRule):
     """Scales the gradient of an array down to p-norm omega where it is longer.
 
     omega: greatest norm, > 0.
@@ -28,12 +29,6 @@ class ClipNorm(MeasuredRule):
     def init(self, x: Array) -> State:
         return None
 
-    def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
-        return (norm(dx, self.p),)
-
-    def fault(self, measure: tuple[float, ...]) -> str | None:
-        return None if super().fault(measure) is None else f"the {self.p:g}-norm of its gradient is {measure[0]}"
-
     def apply_measured(self, state: State, x: Array, dx: Array, measure: tuple[Array, ...]) -> tuple[State, Array]:
         (length,) = measure
-        return state, dx * scalar_like(minimum(self.omega / length, 1.0), dx)
+        return state, dx * scalar_like(self.omega / maximum(length, self.omega), dx)

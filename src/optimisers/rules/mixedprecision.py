@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array, as_dtype_name, cast_to, dtype_name, working_dtype
-from ..errors import HyperParameterError, RuleError
+from ..errors import HyperParameterError, RuleError, not_a_rule
 from ._adjust import with_eta
 from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, walk
 from ._precision import in_working_precision
@@ -28,7 +28,7 @@ class MixedPrecision(CompositeRule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, AbstractRule):
-            msg = f"MixedPrecision(rule, dtype): rule must be a rule; got {type(self.rule).__name__}"
+            msg = f"MixedPrecision(rule, dtype): rule must be a rule; got {not_a_rule(self.rule)}"
             raise RuleError(msg)
         if any(isinstance(inner, MixedPrecision) for inner in walk(self.rule)):
             msg = "MixedPrecision inside MixedPrecision would keep two masters of one array; remove one of them"

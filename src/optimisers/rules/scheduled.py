@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from ..arrays import Array, host_int, kind
-from ..errors import HyperParameterError, RuleError, UnknownFieldError
+from ..errors import HyperParameterError, RuleError, UnknownFieldError, not_a_rule
 from ._adjust import field_names, refuse_structural, set_fields, with_eta
-from ._base import AbstractRule, CompositeRule, Law, Stages, State, children
+from ._base import AbstractRule, CompositeRule, Law, Stages, State, children, walk
 from ._fields import unknown_field
 
 
@@ -31,11 +31,17 @@ class Scheduled(CompositeRule):
 
     def __init__(self, rule: AbstractRule, /, **fields: Callable[[int], Any]) -> None:
         if not isinstance(rule, AbstractRule):
-            msg = f"Scheduled(rule, **fields): rule must be a rule; got {type(rule).__name__}"
+            msg = f"Scheduled(rule, **fields): rule must be a rule; got {not_a_rule(rule)}"
             raise RuleError(msg)
         reachable = set(_reachable(rule))
         for name, schedule in fields.items():
             if name not in reachable:
+                fixed = [type(r).__name__ for r in walk(rule) if name in r.structural]
+                if fixed:
+                    msg = (
+                        f"Scheduled: field {name!r} of {fixed[0]} is fixed at setup, since the state follows it; give it there"
+                    )
+                    raise HyperParameterError(msg)
                 raise UnknownFieldError("Scheduled: " + unknown_field(type(rule).__name__, name, sorted(reachable)))
             if not callable(schedule):
                 msg = f"Scheduled: field {name!r} must be a callable step -> value; got {schedule!r}"

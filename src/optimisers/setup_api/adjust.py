@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError
-from ..rules._adjust import Change, adjust_rule, nothing_found
-from ..rules._base import AbstractRule, walk
+from ..errors import ArgumentError, described, locating
+from ..rules._adjust import Change, adjust_rule
+from ..rules._base import AbstractRule
 from ..tree.select import selected
 from ..tree.state import Leaf, StateTree, check_alive, rebuilt
 
@@ -34,12 +34,20 @@ def adjust(
     where: parameters to act on: a glob on the path, the type of the owner, a predicate on :class:`Param`, or a tuple.
     rule: type of rule to act on, wherever it stands (in chains, wrappers, ``Muon.opt``, ``Apollo.opt``).
 
-    Raises UnknownFieldError if no selected rule has the field; SelectionError if ``where`` selects nothing;
+    Raises UnknownFieldError if no selected rule has the field; SelectionError if ``where`` or ``rule`` selects nothing;
     HyperParameterError for a value out of range, a field fixed at setup, or a scheduled field.
     """
     given = [eta is not None, times is not None, bool(fields)]
     if sum(given) != 1:
-        msg = "adjust: give a learning rate, or times=, or fields by name; one of the three"
+        kinds = [name for name, here in zip(("a learning rate", "times=", "fields by name"), given, strict=True) if here]
+        msg = (
+            "adjust: give a learning rate, or times=, or fields by name, one of the three; got "
+            f"{' and '.join(kinds) or 'none of them'}"
+        )
+        raise ArgumentError(msg)
+    types = rule if isinstance(rule, tuple) else () if rule is None else (rule,)
+    if not all(isinstance(t, type) and issubclass(t, AbstractRule) for t in types):
+        msg = f"adjust: rule= takes a type of rule, such as rule=opt.Adam, or a tuple of types; got {rule!r}"
         raise ArgumentError(msg)
     change = Change(eta, times, fields, rule)
     if isinstance(target, StateTree):
@@ -54,7 +62,7 @@ def adjust(
             msg = "adjust: this leaf is not trained, so it has no rule"
             raise ArgumentError(msg)
         return Leaf(adjust_rule(target.rule, change), target.state, target.frozen)
-    msg = f"adjust: expected a state from setup, or a rule; got {type(target).__name__}"
+    msg = f"adjust: expected the state that setup returned, or a rule; got {described(target)}"
     raise ArgumentError(msg)
 
 
@@ -70,21 +78,10 @@ def _adjust_tree(state: StateTree, change: Change, where: Any) -> StateTree:
             continue
         key = (id(entry.rule), id(entry.base))
         if key not in done:
-            try:
+            with locating(slot.path):
                 done[key], names = change.apply(entry.rule, entry.base)
-            except Exception as error:
-                error.add_note(f"while adjusting the rule of the parameter {slot.path!r}: {entry.rule!r}")
-                raise
             found |= names
             rules.append(entry.rule)
         entries.append(entry.replace(rule=done[key]))
-    if change.rule is not None and not any(isinstance(r, change.rule) for top in rules for r in walk(top)):
-        present = sorted({type(r).__name__ for top in rules for r in walk(top)})
-        wanted = change.rule if isinstance(change.rule, tuple) else (change.rule,)
-        kinds = " or ".join(t.__name__ for t in wanted)
-        msg = f"adjust: no selected parameter has a rule of type {kinds}; there are {', '.join(present)}"
-        raise ArgumentError(msg)
-    missing = sorted((set(change.fields) or {"eta"}) - found)
-    if missing:
-        raise nothing_found(missing, rules)
+    change.refuse_unfound(found, rules)
     return rebuilt(state, entries)

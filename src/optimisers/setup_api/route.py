@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array
-from ..errors import ArgumentError, RuleError, SelectionError, TieError
+from ..errors import ArgumentError, RuleError, SelectionError, TieError, not_a_rule
 from ..rules import MixedPrecision, OptimiserChain, Scheduled
 from ..rules._adjust import field_names
 from ..rules._base import AbstractRule, State, walk
@@ -48,7 +48,7 @@ class Route(AbstractRule):
             check_pattern(pair[0], "Route")
         for rule in (*(rule for _, rule in pairs), otherwise):
             if not (rule is None or rule is MISSING or isinstance(rule, AbstractRule)):
-                msg = f"Route: a pattern leads to a rule, or to None for 'not trained'; got {type(rule).__name__}"
+                msg = f"Route: a pattern leads to a rule, or to None for 'not trained'; got {not_a_rule(rule)}"
                 raise RuleError(msg)
         object.__setattr__(self, "patterns", tuple(pattern for pattern, _ in pairs))
         object.__setattr__(self, "rules", tuple(rule for _, rule in pairs))
@@ -101,8 +101,10 @@ class Chooser:
             rule = self.rule(first)
             reason = f"chosen by {getattr(self.rule, '__name__', type(self.rule).__name__)}"
             if rule is not None and not isinstance(rule, AbstractRule):
-                got = f"the rule of {first.path!r} is a {type(rule).__name__}"
-                msg = f"setup: {reason}, {got}; return a rule, or None for 'not trained'"
+                msg = (
+                    f"setup: the rule of {first.path!r}, {reason}, must be a rule, or None for 'not trained'; got "
+                    f"{not_a_rule(rule)}"
+                )
                 raise RuleError(msg)
         if rule is None or not any(isinstance(inner, Route) for inner in walk(rule)):
             return rule, reason
@@ -124,7 +126,10 @@ class Chooser:
         if isinstance(rule, OptimiserChain) and rule.rules:
             for member in rule.rules[:-1]:
                 if any(isinstance(inner, Route) for inner in walk(member)):
-                    msg = "a Route in an OptimiserChain must be its last member"
+                    msg = (
+                        "a Route in an OptimiserChain must be its last member; put it last, or put the chain inside it: "
+                        "Route((pattern, OptimiserChain(...)), ...)"
+                    )
                     raise RuleError(msg)
             last, reason = self._expand(rule.rules[-1], param, reason)
             return None if last is None else OptimiserChain(*rule.rules[:-1], last), reason

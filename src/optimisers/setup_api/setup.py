@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import as_dtype_name, kind
-from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError
+from ..arrays import as_array, as_dtype_name, copied, kind, share_memory
+from ..engine.step import check_state
+from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
 from ..rules import ClipGlobalNorm
 from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
+from ..rules._precision import map_state
 from ..tree.leaves import Slot, find
 from ..tree.param import Param
 from ..tree.paths import shown
@@ -39,11 +41,8 @@ def setup(
     """
     if isinstance(rule, type) or not (isinstance(rule, AbstractRule) or callable(rule)):
         swapped = isinstance(model, AbstractRule)
-        got = repr(rule) if isinstance(rule, type) else type(rule).__name__
-        hint = (
-            "; the order is setup(rule, model)" if swapped else f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-        )
-        msg = f"setup: expected a rule or a function from Param to a rule, got {got}{hint}"
+        got = f"{described(rule)}; the order is setup(rule, model)" if swapped else not_a_rule(rule)
+        msg = f"setup: expected a rule or a function from Param to a rule, got {got}"
         raise RuleError(msg)
     if isinstance(model, StateTree):
         msg = "setup: the model is a state tree; give the model itself"
@@ -57,11 +56,13 @@ def setup(
         msg = "setup: the rule of every array is None, so nothing would be trained"
         raise ModelError(msg)
     lease = Lease()
+    shared: dict[AbstractRule, AbstractRule] = {}  # arrays with equal rules share one
     entries = []
     for slot, (own, reason) in zip(found.slots, chosen, strict=True):
         x = found.leaves[slot.places[0].leaf]
-        state = None if own is None else _initial(own, slot, x, dtype)
-        entries.append(Entry(own, own, state, numbers_in(state), own is None, reason, lease))
+        rule_here = None if own is None else _resolved(own, slot, x, shared)
+        state = None if rule_here is None else _initial(rule_here, slot, x, dtype)
+        entries.append(Entry(rule_here, rule_here, state, numbers_in(state), own is None, reason, lease))
     _check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
     return StateTree(found.structure, found.slots, entries)
 
@@ -76,7 +77,8 @@ def _state_dtype(state_dtype: Any) -> str | None:
         raise HyperParameterError(msg) from None
 
 
-def _initial(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
+def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule, AbstractRule]) -> AbstractRule:
+    """The rule for this one array; RuleError if it cannot step it."""
     for inner in walk(rule):
         if inner.real_only and slot.dtype.startswith("complex"):
             msg = (
@@ -88,14 +90,20 @@ def _initial(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
         if tensors and slot.kind == "numpy":
             msg = f"{type(inner).__name__} has a torch tensor as a field, but {shown(slot.path)} is a NumPy array; use a number"
             raise RuleError(msg)
-    try:
-        if kind(x) == "torch":
-            # Moments start outside any graph; a learned field enters the graph when it is applied.
-            return rule.init(x.detach()) if dtype is None else rule.init_as(x.detach(), dtype)
-        return rule.init(x) if dtype is None else rule.init_as(x, dtype)
-    except Exception as error:
-        error.add_note(f"while setting up the parameter {slot.path!r} with {rule!r}")
-        raise
+    with locating(slot.path):
+        here = rule.resolved(x, slot.path)
+    return shared.setdefault(here, here)
+
+
+def _initial(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
+    """The state of a rule for an array."""
+    start = x.detach() if kind(x) == "torch" else x  # moments start outside any graph; a learned field enters it when applied
+    with locating(slot.path):
+        state = rule.init(start) if dtype is None else rule.init_as(start, dtype)
+    state = map_state(as_array, state)
+    check_state(state, rule, slot.path or "(the array)")
+    # A state must not change with the model, whose memory update_ re-uses.
+    return map_state(lambda leaf: copied(leaf) if kind(leaf) and share_memory(leaf, x) else leaf, state)
 
 
 def _check_groups(rules: list[tuple[Slot, AbstractRule | None]]) -> None:

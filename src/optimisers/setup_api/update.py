@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from ..arrays import dtype_name, kind, share_memory, torch_if_loaded
+from ..arrays import address, dtype_name, kind, share_memory, torch_if_loaded
 from ..engine.step import Job, Outcome, step
-from ..errors import ArgumentError, StructureError
+from ..errors import ArgumentError, StructureError, TieError, described
 from ..tree.destructure import permuted
 from ..tree.gradients import gradient_of
 from ..tree.leaves import Slot
@@ -61,6 +61,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     """
     module = is_module(model)
     work = _prepare(state, model, grads, from_module=grads is None and module)
+    _refuse_new_ties(work.jobs)
     with _no_grad():
         outcomes, _ = _run(work, differentiable=False)
         leaves = list(work.leaves)
@@ -92,9 +93,8 @@ class _Work(NamedTuple):
 def _prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False) -> _Work:
     """The leaves of the model, and a job for every slot that has a gradient and is not frozen."""
     if not isinstance(state, StateTree):
-        got = f"a {type(state).__name__}"
         hint = "; the order is update(state, model, grads)" if isinstance(model, StateTree) else ""
-        msg = f"update: expected the state that setup returned, got {got}{hint}"
+        msg = f"update: expected the state that setup returned, got {described(state)}{hint}"
         raise ArgumentError(msg)
     if isinstance(model, StateTree) or isinstance(grads, StateTree):
         msg = "update: a state stands where the model or the gradient should; the order is update(state, model, grads)"
@@ -111,7 +111,7 @@ def _prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fa
             continue
         dx = gradient_of(slot, x, given, structure.paths)
         if dx is not None:
-            jobs[i] = Job(slot.path, entry.rule, host_state(entry), x, dx)
+            jobs[i] = Job(slot.path or "(the array)", entry.rule, host_state(entry), x, dx)
     return _Work(leaves, jobs)
 
 
@@ -119,7 +119,7 @@ def _check_parameter(slot: Slot, x: Any) -> None:
     """Raise StructureError unless x is the array that setup saw, as far as its description goes."""
     if kind(x) == slot.kind and tuple(x.shape) == slot.param.shape and dtype_name(x) == slot.dtype:
         return
-    got = f"{kind(x)} array of shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else f"a {type(x).__name__}"
+    got = f"a {kind(x)} array of shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else described(x)
     msg = (
         f"model at {shown(slot.path)}: the state was set up for a {slot.kind} array of shape {slot.param.shape} and dtype "
         f"{slot.dtype}, got {got}. Set up a new state for the changed model"
@@ -137,6 +137,19 @@ def _run(work: _Work, *, differentiable: bool) -> tuple[dict[int, Outcome], bool
     with torch_graph.mode(graph=graph):
         jobs = work.jobs.values()
         return dict(zip(work.jobs, step(list(jobs)), strict=True)), graph
+
+
+def _refuse_new_ties(jobs: dict[int, Job]) -> None:
+    """Raise TieError if arrays that setup saw apart are now one, which would be written twice."""
+    seen: dict[tuple[str, int], str] = {}
+    for job in jobs.values():
+        start = address(job.x)
+        if start is not None and seen.setdefault(start, job.path) != job.path:
+            msg = (
+                f"{seen[start]!r} and {job.path!r} were two arrays at setup and are one now, so update_ would step it twice; "
+                "set up a new state, which finds the tie"
+            )
+            raise TieError(msg)
 
 
 def _entries(state: StateTree, outcomes: dict[int, Outcome], lease: Lease, *, consume: bool) -> list[Entry]:

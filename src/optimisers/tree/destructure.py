@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import kind, torch_if_loaded
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, ModelError, described
 from .leaves import Found, Slot, find
 
 
@@ -28,7 +28,7 @@ def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     arrays = [found.leaves[slot.places[0].leaf] for slot in found.slots]
     kinds = {slot.kind for slot in found.slots}
     if len(kinds) > 1:
-        msg = "destructure needs all arrays of one kind; this model has NumPy arrays and torch tensors"
+        msg = "destructure needs all arrays of one kind; this model has NumPy arrays and torch tensors: take them one by one"
         raise ModelError(msg)
     devices = {str(x.device) for x in arrays} if kinds == {"torch"} else set()
     if len(devices) > 1:
@@ -58,7 +58,7 @@ def _rebuilt(flat: Any, structure: Any, slots: tuple[Slot, ...], rest: list[Any]
     size = sum(slot.param.size for slot in slots)
     want = slots[0].kind
     if kind(flat) != want:
-        msg = f"rebuild: expected a {want} vector of {size} elements, got {type(flat).__name__}"
+        msg = f"rebuild: expected a {want} vector of {size} elements, got {described(flat)}"
         raise ArgumentError(msg)
     if flat.ndim != 1 or flat.shape[0] != size:
         msg = f"rebuild: expected a vector of {size} elements, got shape {tuple(flat.shape)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..arrays import cast_to, dtype_name, is_complex, is_inexact, kind, working_dtype
-from ..errors import GradientError, StructureError
+from ..errors import GradientError, StructureError, described
 from .destructure import permuted, unpermuted
 from .leaves import Slot
 from .paths import shown
@@ -42,8 +42,8 @@ def check_gradient(dx: Any, x: Any, path: str) -> None:
     found = kind(dx)
     if found is None:
         if isinstance(dx, (dict, list, tuple)):
-            raise StructureError(f"{at}: {expected}, got a {type(dx).__name__}: the model has an array here")
-        what = f"{type(dx).__module__}.{type(dx).__name__}" if hasattr(dx, "shape") else f"{type(dx).__name__} {dx!r}"
+            raise StructureError(f"{at}: {expected}, got {described(dx)}; put an array here, or None")
+        what = f"a {type(dx).__module__}.{type(dx).__name__}" if hasattr(dx, "shape") else described(dx)
         raise GradientError(f"{at}: {expected}, got {what}. Convert it, or put None where there is no gradient")
     if found != kind(x):
         raise GradientError(f"{at}: {expected}, got a {_library(dx)}: parameter and gradient must come from one library")

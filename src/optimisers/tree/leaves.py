@@ -134,6 +134,15 @@ def refuse_hidden_arrays(leaf: Any, path: str) -> None:
     if kind(leaf) == "torch" and str(leaf.layout) != "torch.strided":
         msg = f"the array at {shown(path)} is a {leaf.layout} tensor; only strided (dense) tensors can be trained"
         raise ModelError(msg)
+    if kind(leaf) == "numpy" and dtype_name(leaf) == "bfloat16":
+        msg = f"the array at {shown(path)} is a NumPy array of bfloat16, which NumPy cannot compute in; use a torch tensor"
+        raise ModelError(msg)
+    if kind(leaf) == "torch" and (is_inexact(leaf) and dtype_name(leaf).startswith(("float8", "float4", "complex32"))):
+        msg = (
+            f"the array at {shown(path)} is {dtype_name(leaf)}, in which no rule computes; train a copy in bfloat16 or "
+            "wider and cast it for the forward pass"
+        )
+        raise ModelError(msg)
     if kind(leaf) is not None or isinstance(leaf, _PLAIN):
         return
     if is_module(leaf):

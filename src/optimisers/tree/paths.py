@@ -29,5 +29,5 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def shown(path: str) -> str:
-    """A path as it stands in messages; the root of a bare array has an empty path."""
-    return repr(path) if path else "the array itself (the root)"
+    """A path as it stands in messages; the root, and so a bare array, has an empty path."""
+    return repr(path) if path else "the root"

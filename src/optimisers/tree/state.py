@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 import optree
 
 from ..arrays import dtype_name, is_concrete, is_number, kind, torch_if_loaded
-from ..errors import ConsumedStateError
+from ..errors import ConsumedStateError, EntryError, ImmutableError
 from ..rules._base import AbstractRule
 from ..rules._fields import is_tensor
 from ..rules._precision import map_state, state_leaves
@@ -100,9 +100,10 @@ class StateTree:
 
     def __setattr__(self, name: str, value: Any) -> None:
         msg = "a state tree is immutable; use adjust, freeze and thaw, which return a new one"
-        raise AttributeError(msg)
+        raise ImmutableError(msg)
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.__setattr__("", value)
@@ -118,7 +119,7 @@ class StateTree:
             return self._leaf(self._module_index(key))
         if self._structure.spec.is_leaf():
             if key != ():
-                raise KeyError(f"this is the state of a single array; its leaf is state[()], not state[{key!r}]")
+                raise EntryError(f"this is the state of a single array; its leaf is state[()], not state[{key!r}]")
             return self._leaf(0)
         if isinstance(key, int) and key < 0 and self._structure.spec.type in {list, tuple}:
             key += self._structure.spec.num_children
@@ -127,8 +128,7 @@ class StateTree:
         if not any(names):
             names = [key == entry for entry in entries]
         if not any(names):
-            error = IndexError if isinstance(key, int) and not self._is_mapping() else KeyError
-            raise error(f"the state has no entry {key!r} here; it has {', '.join(map(repr, entries)) or 'none'}")
+            raise EntryError(f"the state has no entry {key!r} here; it has {', '.join(map(repr, entries)) or 'none'}")
         return self._child(names.index(True))
 
     def __getattr__(self, name: str) -> Any:
@@ -144,7 +144,7 @@ class StateTree:
                 check_alive(self)
                 return self._child(names.index(name))
         msg = f"the state has no attribute {name!r} here; index it like the model, state[...]"
-        raise AttributeError(msg)
+        raise EntryError(msg)
 
     def __len__(self) -> int:
         return len(self._names())
@@ -172,13 +172,14 @@ class StateTree:
         if name not in self._structure.paths:
             inside = [path for path in self._structure.paths if isinstance(key, str) and path.startswith(key + ".")]
             hint = f"; did you mean one of {', '.join(map(repr, inside))}?" if inside else ""
-            raise KeyError(f"the module has no parameter {key!r}{hint}")
+            raise EntryError(f"the module has no parameter {key!r}{hint}")
         return self._structure.paths.index(name)
 
     def _leaf(self, index: int) -> Leaf | None:
         for slot, entry in zip(self._slots, self._entries, strict=True):
             if any(place.leaf == index for place in slot.places):
-                return Leaf(entry.rule, shown_state(entry, slot.kind), entry.frozen)
+                rule = None if entry.rule is None else entry.rule.unresolved()
+                return Leaf(rule, shown_state(entry, slot.kind), entry.frozen)
         return None
 
     def _child(self, i: int) -> Any:
@@ -253,6 +254,8 @@ def same_state(a: Any, b: Any) -> bool:
 def _bytes(x: Any) -> bytes:
     if kind(x) == "torch":
         torch: Any = torch_if_loaded()
+        if x.numel() == 0:  # its strides may be such that it has no view as bytes
+            return b""
         flat = x.detach().cpu().contiguous().reshape(-1)
         x = flat.view(torch.uint8).numpy()
     return x.tobytes()  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from typing import Any
 import optree
 
 from ..arrays import torch_if_loaded
-from ..errors import ArgumentError, ModelError, StructureError
+from ..errors import ArgumentError, ModelError, StructureError, described
 from .paths import keys_of, path_of, shown
 
 _DICTS = (dict, OrderedDict, defaultdict)
@@ -104,17 +104,17 @@ class ModuleStructure:
         else:
             msg = (
                 f"the state was set up for a torch.nn.Module; the {what} must be that module or a dict of its named "
-                f"parameters, not {type(model).__name__}"
+                f"parameters, not {described(model)}"
             )
             raise ArgumentError(msg)
         first = dict(self.aliases)
         missing = [path for path in self.paths if path not in named]
         extra = [name for name in named if name not in self.paths and name not in first]
         if missing or extra:
-            parts = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
+            parts = [f"lacks the parameter{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"] if missing else []
             parts += [f"has {', '.join(map(repr, extra))}, which setup did not see"] if extra else []
-            hint = "None means no gradient" if what == "gradient" else "set up a new state, or opt.extend this one"
-            msg = f"{what}: {' and '.join(parts)} ({hint})"
+            hint = "Put None where there is no gradient" if what == "gradient" else "Set up a new state, or opt.extend this one"
+            msg = f"{what}: {' and '.join(parts)}. {hint}"
             raise StructureError(msg)
         return [named[path] for path in self.paths]
 
@@ -187,8 +187,9 @@ def _align(model: Any, other: Any, keys: tuple[Any, ...], what: str, *, skip: bo
             raise StructureError(f"{where}: expected a dict with keys {_names(entries)}, got {_kind(other)}{_remedy(what)}")
         missing, extra = [k for k in entries if k not in other], [k for k in other if k not in model]
         if missing or extra:
-            parts = [f"lacks key(s) {_names(missing)}"] if missing else []
-            parts += [f"has key(s) {_names(extra)} that the model has not"] if extra else []
+            unknown = "the model does not have" if what == "gradient" else "setup did not see"
+            parts = [f"lacks the key{'s' * (len(missing) > 1)} {_names(missing)}"] if missing else []
+            parts += [f"has the key{'s' * (len(extra) > 1)} {_names(extra)}, which {unknown}"] if extra else []
             raise StructureError(f"{where}: {' and '.join(parts)}{_remedy(what)}")
         for key, child in zip(entries, children, strict=True):
             yield from _align(child, other[key], (*keys, key), what, skip=skip)
@@ -197,8 +198,7 @@ def _align(model: Any, other: Any, keys: tuple[Any, ...], what: str, *, skip: bo
         raise StructureError(f"{where}: expected {_kind(model)}, got {_kind(other)}{_remedy(what)}")
     theirs, _, _, _ = optree.tree_flatten_one_level(other, none_is_leaf=True)
     if len(theirs) != len(children):
-        size = f"{len(children)} entries, got {len(theirs)}"
-        raise StructureError(f"{where}: expected {type(model).__name__} of {size}{_remedy(what)}")
+        raise StructureError(f"{where}: expected {_kind(model)}, got {_kind(other)}{_remedy(what)}")
     names = getattr(type(model), "_fields", entries) if isinstance(model, tuple) else entries
     for name, child, theirs_child in zip(names, children, theirs, strict=True):
         yield from _align(child, theirs_child, (*keys, name), what, skip=skip)
@@ -210,7 +210,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, _DICTS):
         return f"a dict with keys {_names(list(value))}"
     shape = getattr(value, "shape", None)
-    return f"{type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
+    return described(value) + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
 
 
 def _names(keys: Sequence[Any]) -> str:

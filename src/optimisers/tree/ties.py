@@ -59,7 +59,7 @@ def tied_groups(arrays: Sequence[Any], paths: Sequence[str]) -> list[list[tuple[
     by_memory: dict[tuple[Any, ...], int] = {}
     layouts: list[Layout | None] = []
     for i, x in enumerate(arrays):
-        if id(x) in by_id:
+        if id(x) in by_id and 0 not in x.shape:
             group, permutation = by_id[id(x)]
             groups[group].append((i, permutation))
             continue

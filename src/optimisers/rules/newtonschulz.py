@@ -1,0 +1,201 @@
+"""The matrix sign by odd polynomials: Newton-Schulz iterations with tuned coefficients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import (
+    Array,
+    add_matmul,
+    as_dtype_name,
+    cast_to,
+    dtype_name,
+    identity_like,
+    is_complex,
+    is_inexact,
+    kind,
+    matrix_norm,
+    maximum,
+    quick_in_bfloat16,
+    sqrt,
+    where,
+    working_dtype,
+)
+from ..errors import ArgumentError, HyperParameterError
+
+Triple = tuple[float, float, float]
+
+JORDAN: Triple = (3.4445, -4.7750, 2.0315)
+"""Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: one triple for all steps, steepest at zero."""
+
+YOU: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+"""Jiacheng You's five steps for modded-nanogpt: a narrower band than Jordan's."""
+
+POLAR_EXPRESS: tuple[Triple, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+"""Amsel et al. 2025, https://arxiv.org/abs/2505.16932: the optimal polynomials in turn; the last one for ever after."""
+
+# From here on iterating on the Gram matrix is quicker (sides 64 and up; measured on a CPU in float32).
+_GRAM_FROM, _GRAM_ASPECT = 64, 2.5
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """How a matrix is orthogonalised: ``X <- a X + b (X X^T) X + c (X X^T)^2 X``, from X divided by its Frobenius norm.
+
+    steps: number of steps, >= 1.
+    coefficients: ``"jordan"`` (any number of steps), ``"you"`` (five steps), ``"polar_express"`` (any number), or explicit
+        triples (a, b, c), one for each step, used as they are; ``steps`` then is their number.
+    epsilon: against division by zero, >= 0.
+    normaliser: ``"add"`` divides by norm + epsilon, ``"clamp"`` by max(norm, epsilon).
+    safety: factor >= 1 on the norm, against rounding that lifts a singular value above 1; ``"polar_express"`` then takes
+        its polynomials at ``x / safety``, all but the last of its table of eight. None: 1.01 for ``"polar_express"``, else 1.
+    dtype: dtype to compute in. None: bfloat16 for float32 and half precision where the device is quick at it, else the
+        array's own (float32 for half precision).
+    """
+
+    steps: int = 5
+    coefficients: str | tuple[Triple, ...] = "jordan"
+    epsilon: float = 1e-7
+    normaliser: str = "add"
+    safety: float | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coefficients, str):
+            try:
+                triples = tuple(tuple(float(v) for v in triple) for triple in self.coefficients)
+            except (TypeError, ValueError):
+                triples = ()
+            if not triples or any(len(t) != 3 or not all(map(math.isfinite, t)) for t in triples):
+                _refuse("coefficients", self.coefficients, "triples (a, b, c) of finite numbers, one for each step")
+            if self.steps not in {5, len(triples)}:
+                _refuse("steps", self.steps, f"the number of explicit coefficients, {len(triples)}")
+            object.__setattr__(self, "coefficients", triples)
+            object.__setattr__(self, "steps", len(triples))
+        elif self.coefficients not in {"jordan", "you", "polar_express"}:
+            _refuse("coefficients", self.coefficients, "'jordan', 'you', 'polar_express' or triples (a, b, c)")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            _refuse("steps", self.steps, "a whole number >= 1")
+        if self.coefficients == "you" and self.steps != len(YOU):
+            _refuse("steps", self.steps, "5 for coefficients='you', which are made for five steps")
+        if not (isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < math.inf):
+            _refuse("epsilon", self.epsilon, "a finite number >= 0")
+        if self.normaliser not in {"add", "clamp"}:
+            _refuse("normaliser", self.normaliser, "'add' or 'clamp'")
+        if self.safety is not None and not (isinstance(self.safety, (int, float)) and 1 <= self.safety < math.inf):
+            _refuse("safety", self.safety, "None or a number >= 1")
+        if self.dtype is not None:
+            try:
+                object.__setattr__(self, "dtype", as_dtype_name(self.dtype))
+            except ValueError as error:
+                _refuse("dtype", self.dtype, f"None or a real floating dtype ({error})")
+
+    @property
+    def safety_factor(self) -> float:
+        """The factor on the norm."""
+        if self.safety is not None:
+            return self.safety
+        return 1.01 if self.coefficients == "polar_express" else 1.0
+
+    def triples(self) -> tuple[Triple, ...]:
+        """The coefficients (a, b, c) of each step, safety included."""
+        if self.coefficients == "jordan":
+            return (JORDAN,) * self.steps
+        if self.coefficients == "you":
+            return YOU
+        if self.coefficients == "polar_express":
+            f, last = self.safety_factor, POLAR_EXPRESS[-1]
+            shrunk = [(a / f, b / f**3, c / f**5) for a, b, c in POLAR_EXPRESS[:-1]]
+            return tuple([*shrunk, *[last] * (self.steps - len(shrunk))][: self.steps])
+        return self.coefficients  # type: ignore[return-value]
+
+
+def _refuse(name: str, value: Any, expected: str) -> None:
+    msg = f"NewtonSchulz: field {name!r} must be {expected}; got {value!r}"
+    raise HyperParameterError(msg)
+
+
+def orthogonalise(x: Array, ns: NewtonSchulz = NewtonSchulz()) -> Array:
+    """Each matrix of x with its singular values moved towards 1, its singular vectors kept.
+
+    x: real array of shape (..., rows, columns); leading dimensions stack matrices, each treated on its own. Zero matrices
+        stay zero. The result has x's shape and dtype.
+    ns: the iteration. Five steps take normalised singular values in [0.01, 1] to [0.68, 1.13] (``"jordan"``),
+        [0.98, 1.03] (``"you"``) or [0.87, 1.12] (``"polar_express"``).
+
+    Differentiable over torch. Long matrices are iterated through their Gram matrix, which is algebraically the same.
+    Raises ArgumentError for complex or integer arrays and for fewer than two dimensions.
+    """
+    if kind(x) is None or not is_inexact(x) or is_complex(x) or len(x.shape) < 2:
+        got = f"shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else type(x).__name__
+        msg = f"orthogonalise: expected a real floating point array of shape (..., rows, columns), got {got}"
+        raise ArgumentError(msg)
+    if 0 in x.shape:
+        return x
+    own = dtype_name(x)
+    y = cast_to(x, working_dtype(own))
+    size = matrix_norm(y)  # kept in float64, where no finite float32 matrix over- or underflows
+    bound = size * ns.safety_factor
+    bound = bound + ns.epsilon if ns.normaliser == "add" else maximum(bound, ns.epsilon)
+    bound = where(bound == 0, 1.0, bound)  # a zero matrix, and epsilon 0
+    if own == "float64":
+        y = y / bound
+    else:  # in two factors, since 1 / bound may be no float32
+        root = cast_to(1 / sqrt(bound), dtype_name(y))
+        y = y * root * root
+    y = cast_to(y, _compute_dtype(x, ns))
+    tall = y.shape[-2] > y.shape[-1]
+    y = y.mT if tall else y
+    short, long = y.shape[-2:]
+    iterate = _by_gram if short >= _GRAM_FROM and long >= _GRAM_ASPECT * short else _plain
+    y = iterate(y, ns.triples())
+    return cast_to(y.mT if tall else y, own)
+
+
+def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
+    if ns.dtype is not None:
+        return ns.dtype
+    own = working_dtype(dtype_name(x))
+    return "bfloat16" if own == "float32" and quick_in_bfloat16(x) else own
+
+
+def _plain(x: Array, triples: tuple[Triple, ...]) -> Array:
+    """The iteration as written; x is (..., short, long)."""
+    for a, b, c in triples:
+        gram = x @ x.mT
+        x = add_matmul(x, add_matmul(gram, gram, gram, b, c), x, a, 1.0)
+    return x
+
+
+def _by_gram(x: Array, triples: tuple[Triple, ...]) -> Array:
+    """The same on the (short, short) side: gather Q = p_k(G) ... p_1(G), and multiply x by it.
+
+    Rounding leaves G with eigenvalues slightly below zero, which each step multiplies by up to a**2, so the Gram matrix is
+    made anew from x after every second step (Zhang, Amsel, Chen & Dao 2026).
+    """
+    for start in range(0, len(triples), 2):
+        gram = x @ x.mT
+        product = None
+        for a, b, c in triples[start : start + 2]:
+            step = add_matmul(gram, gram, gram, b, c) + a * identity_like(gram)
+            product = step if product is None else step @ product
+            gram = step @ gram @ step
+        x = product @ x
+    return x

@@ -1,0 +1,414 @@
+"""The table of rules: one row a rule. Every property test runs over all of it, so a new rule is tested by adding a row."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optimisers as opt
+from optimisers.errors import HyperParameterError, RuleError, UnknownFieldError
+
+Bad = tuple[dict[str, Any], type[Exception], str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule, what it claims, and what it refuses.
+
+    name: of the exported rule, or a description of a composition.
+    make: the class (or function) that takes the keywords of ``bad``.
+    configs: instances to test; the first has the defaults.
+    complex: whether complex arrays are supported; if not, setup refuses them.
+    law: what the rule promises about itself.
+    differentiable: whether the step depends smoothly on the gradient; if not, its derivative is zero almost everywhere.
+    host_counter: whether it reads a step counter on the host, which transforms cannot do.
+    rebuilds: whether ``repr`` evaluates back and pickle restores an equal rule (not with callables as fields).
+    like_x: whether every array of the state has the shape and strides of x.
+    min_ndim: fewest dimensions of the arrays it takes.
+    stacked: for a stackable rule: the same rule treating one more leading dimension as a stack.
+    bad: (keywords, error, fragment of its text).
+    """
+
+    name: str
+    make: Callable[..., Any]
+    configs: tuple[opt.AbstractRule, ...]
+    complex: bool = True
+    law: str = "elementwise"
+    differentiable: bool = True
+    host_counter: bool = False
+    rebuilds: bool = True
+    like_x: bool = True
+    min_ndim: int = 0
+    stacked: Callable[[Any], Any] | None = None
+    bad: tuple[Bad, ...] = ()
+
+
+# --- rules as a user would write them ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SignedRoot(opt.AbstractRule):
+    """A rule that claims nothing."""
+
+    eta: float = 0.01
+
+    def init(self, x):
+        return {"last": 0 * x, "count": 0}
+
+    def apply(self, state, x, dx):
+        step = self.eta * (dx + 0.5 * state["last"])
+        return {"last": dx * 1.0, "count": state["count"] + 1}, step
+
+
+@dataclass(frozen=True)
+class Centred(opt.AbstractRule):
+    """A stackable rule: it takes the mean over the last axis out of the gradient."""
+
+    law = "stackable"
+    eta: float = 0.01
+
+    def init(self, x):
+        return None
+
+    def apply(self, state, x, dx):
+        return state, self.eta * (dx - dx.sum(-1)[..., None] / max(1, dx.shape[-1]))
+
+
+@dataclass(frozen=True)
+class MeanScaled(opt.MeasuredRule):
+    """A measured rule: it divides the gradient by one plus its mean square, and remembers that of the last step."""
+
+    eta: float = 0.01
+
+    def init(self, x):
+        return (0 * x,)
+
+    def measure(self, state, x, dx):
+        return ((abs(dx) ** 2).sum() / max(1, math.prod(dx.shape)),)
+
+    def apply_measured(self, state, x, dx, measure):
+        (size,) = measure
+        return (0.5 * state[0] + dx,), self.eta * (dx + state[0]) / (1 + size)
+
+
+# --- bad inputs that many rules share ------------------------------------------------------------------------------------
+
+
+def bad_eta(name: str) -> tuple[Bad, ...]:
+    return (
+        ({"eta": -0.1}, HyperParameterError, f"{name}: field 'eta' must be a finite number >= 0; got -0.1"),
+        ({"eta": math.nan}, HyperParameterError, f"{name}: field 'eta' must be a finite number >= 0; got nan"),
+        ({"eta": math.inf}, HyperParameterError, f"{name}: field 'eta' must be a finite number >= 0; got inf"),
+        ({"eta": "fast"}, HyperParameterError, f"{name}: field 'eta' must be a finite number >= 0; got 'fast'"),
+        ({"eta": True}, HyperParameterError, f"{name}: field 'eta' must be a finite number >= 0; got True"),
+        ({"lr": 0.1}, UnknownFieldError, f"{name} has no field 'lr'; did you mean 'eta'? Its fields are: "),
+    )
+
+
+def bad_fraction(name: str, field: str) -> tuple[Bad, ...]:
+    return (
+        ({field: 1.0}, HyperParameterError, f"{name}: field '{field}' must be in [0, 1); got 1.0"),
+        ({field: -0.5}, HyperParameterError, f"{name}: field '{field}' must be in [0, 1); got -0.5"),
+    )
+
+
+def bad_epsilon(name: str) -> tuple[Bad, ...]:
+    return (
+        ({"epsilon": -1e-8}, HyperParameterError, f"{name}: field 'epsilon' must be a finite number >= 0; got -1e-08"),
+        ({"eps": 1e-6}, UnknownFieldError, f"{name} has no field 'eps'; did you mean 'epsilon'? Its fields are: "),
+    )
+
+
+def bad_beta(name: str) -> tuple[Bad, ...]:
+    return (
+        ({"beta": 0.9}, HyperParameterError, f"{name}: field 'beta' must be 2 numbers, each in [0, 1); got 0.9"),
+        ({"beta": (0.9, 1.0)}, HyperParameterError, f"{name}: field 'beta[1]' must be in [0, 1); got 1.0"),
+        ({"beta": (-0.1, 0.9)}, HyperParameterError, f"{name}: field 'beta[0]' must be in [0, 1); got -0.1"),
+        ({"beta": (0.9, 0.9, 0.9)}, HyperParameterError, f"{name}: field 'beta' must be 2 numbers"),
+        ({"betas": (0.9, 0.9)}, UnknownFieldError, f"{name} has no field 'betas'; did you mean 'beta'?"),
+    )
+
+
+def bad_lambda(name: str) -> tuple[Bad, ...]:
+    return (
+        ({"lambda_": -1}, HyperParameterError, f"{name}: field 'lambda_' must be a finite number >= 0; got -1"),
+        ({"weight_decay": 0.1}, UnknownFieldError, f"{name} has no field 'weight_decay'; did you mean 'lambda_'?"),
+    )
+
+
+def bad_positive(name: str, field: str) -> tuple[Bad, ...]:
+    return (
+        ({field: 0}, HyperParameterError, f"{name}: field '{field}' must be a finite number > 0; got 0"),
+        ({field: math.inf}, HyperParameterError, f"{name}: field '{field}' must be a finite number > 0; got inf"),
+    )
+
+
+def adam_like(name: str, **claims: Any) -> Row:
+    """A row of a rule with the fields of Adam."""
+    make = getattr(opt, name)
+    configs = (make(), make(eta=0.05, beta=(0.0, 0.5)), make(eta=0.02, beta=(0.8, 0.0), epsilon=1e-3), make(eta=0.0))
+    bad = (*bad_eta(name), *bad_beta(name), *bad_epsilon(name), *claims.pop("bad", ()))
+    return Row(name, make, configs, bad=bad, **claims)
+
+
+def halving(step: int) -> float:
+    """A schedule."""
+    return 0.01 / 2**step
+
+
+def slower(step: int) -> float:
+    """Another one."""
+    return 0.5 + 0.4 * step / (step + 1)
+
+
+def later(step: int) -> float:
+    """A decay that sets in after two steps."""
+    return 0.0 if step < 2 else 0.1
+
+
+ELL = "must be (down, up) with 0 < down < 1 < up"
+GAMMA = "must be (low, high) with 0 < low < high"
+
+ROWS = (
+    Row("Descent", opt.Descent, (opt.Descent(), opt.Descent(eta=0), opt.Descent(0.5)), bad=bad_eta("Descent")),
+    Row(
+        "Momentum",
+        opt.Momentum,
+        (opt.Momentum(), opt.Momentum(0.1, 0.0), opt.Momentum(eta=0.1, rho=0.99)),
+        bad=(*bad_eta("Momentum"), *bad_fraction("Momentum", "rho")),
+    ),
+    Row(
+        "Nesterov",
+        opt.Nesterov,
+        (opt.Nesterov(), opt.Nesterov(0.1, 0.0), opt.Nesterov(eta=0.1, rho=0.99)),
+        bad=(*bad_eta("Nesterov"), *bad_fraction("Nesterov", "rho")),
+    ),
+    Row(
+        "RMSProp",
+        opt.RMSProp,
+        (opt.RMSProp(), opt.RMSProp(centred=True), opt.RMSProp(0.1, 0.0, 1e-3), opt.RMSProp(0.1, 0.5, 1e-2, True)),
+        bad=(
+            *bad_eta("RMSProp"),
+            *bad_fraction("RMSProp", "rho"),
+            *bad_epsilon("RMSProp"),
+            ({"centred": 1}, HyperParameterError, "RMSProp: field 'centred' must be True or False; got 1"),
+            ({"centered": True}, UnknownFieldError, "RMSProp has no field 'centered'; did you mean 'centred'?"),
+        ),
+    ),
+    Row(
+        "Rprop",
+        opt.Rprop,
+        (opt.Rprop(), opt.Rprop(eta=0.1, ell=(0.1, 2.0), gamma=(1e-3, 0.2))),
+        complex=False,
+        differentiable=False,
+        bad=(
+            *bad_eta("Rprop"),
+            ({"ell": (1.5, 2.0)}, HyperParameterError, f"Rprop: field 'ell' {ELL}; got (1.5, 2.0)"),
+            ({"ell": (0.5, 0.9)}, HyperParameterError, f"Rprop: field 'ell' {ELL}; got (0.5, 0.9)"),
+            ({"ell": 0.5}, HyperParameterError, f"Rprop: field 'ell' {ELL}; got 0.5"),
+            ({"gamma": (2.0, 1.0)}, HyperParameterError, f"Rprop: field 'gamma' {GAMMA}; got (2.0, 1.0)"),
+            ({"gamma": (0.0, 1.0)}, HyperParameterError, f"Rprop: field 'gamma' {GAMMA}; got (0.0, 1.0)"),
+            ({"etas": (0.5, 1.2)}, UnknownFieldError, "Rprop has no field 'etas'; did you mean 'ell'?"),
+        ),
+    ),
+    adam_like("Adam"),
+    adam_like("RAdam"),
+    adam_like("AdaMax", complex=False),
+    adam_like("AMSGrad", complex=False),
+    adam_like("NAdam"),
+    adam_like("OAdam"),
+    adam_like("AdaBelief"),
+    Row(
+        "AdaGrad",
+        opt.AdaGrad,
+        (opt.AdaGrad(), opt.AdaGrad(eta=0.01, epsilon=1e-2)),
+        bad=(*bad_eta("AdaGrad"), *bad_epsilon("AdaGrad")),
+    ),
+    Row(
+        "AdaDelta",
+        opt.AdaDelta,
+        (opt.AdaDelta(), opt.AdaDelta(rho=0.5, epsilon=1e-3), opt.AdaDelta(rho=0.0)),
+        bad=(
+            *bad_fraction("AdaDelta", "rho"),
+            *bad_epsilon("AdaDelta"),
+            ({"eta": 0.1}, UnknownFieldError, "AdaDelta has no field 'eta'. Its fields are: rho, epsilon"),
+        ),
+    ),
+    Row(
+        "AdamW",
+        opt.AdamW,
+        (opt.AdamW(), opt.AdamW(0.1, (0.5, 0.9), 0.1), opt.AdamW(0.1, lambda_=0.01, epsilon=1e-3, couple=False)),
+        bad=(
+            *bad_eta("AdamW"),
+            *bad_beta("AdamW"),
+            *bad_epsilon("AdamW"),
+            *bad_lambda("AdamW"),
+            ({"couple": "yes"}, HyperParameterError, "AdamW: field 'couple' must be True or False; got 'yes'"),
+        ),
+    ),
+    Row(
+        "Lion",
+        opt.Lion,
+        (opt.Lion(), opt.Lion(0.1, (0.5, 0.0))),
+        differentiable=False,
+        bad=(*bad_eta("Lion"), *bad_beta("Lion")),
+    ),
+    Row(
+        "WeightDecay",
+        opt.WeightDecay,
+        (opt.WeightDecay(), opt.WeightDecay(0.1), opt.WeightDecay(0)),
+        bad=bad_lambda("WeightDecay"),
+    ),
+    Row("SignDecay", opt.SignDecay, (opt.SignDecay(), opt.SignDecay(0.1)), bad=bad_lambda("SignDecay")),
+    Row(
+        "ClipGrad",
+        opt.ClipGrad,
+        (opt.ClipGrad(), opt.ClipGrad(0.5)),
+        complex=False,
+        bad=(
+            *bad_positive("ClipGrad", "delta"),
+            ({"clip_value": 1}, UnknownFieldError, "ClipGrad has no field 'clip_value'; did you mean 'delta'?"),
+        ),
+    ),
+    Row(
+        "ClipNorm",
+        opt.ClipNorm,
+        (
+            opt.ClipNorm(),
+            opt.ClipNorm(0.5),
+            opt.ClipNorm(0.5, 1.0),
+            opt.ClipNorm(0.5, 3.0),
+            opt.ClipNorm(0.5, math.inf, throw=False),
+        ),
+        law="measured",
+        bad=(
+            *bad_positive("ClipNorm", "omega"),
+            ({"p": math.nan}, HyperParameterError, "ClipNorm: field 'p' must be a number; got nan"),
+            ({"throw": None}, HyperParameterError, "ClipNorm: field 'throw' must be True or False; got None"),
+            ({"max_norm": 1}, UnknownFieldError, "ClipNorm has no field 'max_norm'; did you mean 'omega'?"),
+        ),
+    ),
+    Row(
+        "ClipGlobalNorm",
+        opt.ClipGlobalNorm,
+        (
+            opt.ClipGlobalNorm(),
+            opt.ClipGlobalNorm(0.1, 1.0),
+            opt.ClipGlobalNorm(0.1, math.inf, False),
+            opt.ClipGlobalNorm(0.1, 3.0, group="a"),
+        ),
+        law="measured",
+        bad=(
+            *bad_positive("ClipGlobalNorm", "omega"),
+            ({"p": 0}, HyperParameterError, "ClipGlobalNorm: field 'p' must be a number > 0; got 0"),
+        ),
+    ),
+    Row(
+        "AccumGrad",
+        opt.AccumGrad,
+        (opt.AccumGrad(2), opt.AccumGrad(1), opt.AccumGrad(n=3)),
+        host_counter=True,
+        bad=(
+            ({}, UnknownFieldError, "AccumGrad needs its field 'n'; write AccumGrad(n=...)"),
+            ({"n": 0}, HyperParameterError, "AccumGrad: field 'n' must be a whole number >= 1; got 0"),
+            ({"n": 2.0}, HyperParameterError, "AccumGrad: field 'n' must be a whole number >= 1; got 2.0"),
+        ),
+    ),
+    Row(
+        "MixedPrecision",
+        opt.MixedPrecision,
+        (
+            opt.MixedPrecision(opt.Adam()),
+            opt.MixedPrecision(opt.Momentum(0.1), "float64"),
+            opt.MixedPrecision(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Adam(0.1)), "float64"),
+        ),
+        bad=(
+            ({}, UnknownFieldError, "MixedPrecision needs its field 'rule'"),
+            ({"rule": 0.1}, RuleError, "MixedPrecision(rule, dtype): rule must be a rule; got"),
+            (
+                {"rule": opt.MixedPrecision(opt.Adam())},
+                RuleError,
+                "MixedPrecision inside MixedPrecision would keep two masters of one array",
+            ),
+            (
+                {"rule": opt.Adam(), "dtype": "int32"},
+                HyperParameterError,
+                "MixedPrecision: field 'dtype' must be a real floating dtype; 'int32' is not one of",
+            ),
+        ),
+    ),
+    Row(
+        "Scheduled",
+        opt.Scheduled,
+        (
+            opt.Scheduled(opt.AdamW(lambda_=0.1), eta=halving),
+            opt.Scheduled(opt.Momentum(), eta=halving, rho=slower),
+            opt.Scheduled(opt.OptimiserChain(opt.WeightDecay(), opt.Adam()), eta=halving, lambda_=later),
+        ),
+        host_counter=True,
+        rebuilds=False,
+        bad=(
+            ({"rule": opt.Adam()}, TypeError, "rule"),
+            ({"eta": halving}, TypeError, "rule"),
+        ),
+    ),
+    Row(
+        "OptimiserChain",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(), opt.OptimiserChain(opt.OptimiserChain(opt.WeightDecay(0.1)), opt.Descent(0.1))),
+        bad=(({"rule": opt.Adam()}, TypeError, "rule"),),
+    ),
+    Row(
+        "ClipGrad > SignDecay > WeightDecay > AdamW",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.ClipGrad(0.5), opt.SignDecay(), opt.WeightDecay(0.01), opt.AdamW(0.01, lambda_=0.1)),),
+        complex=False,
+    ),
+    Row("ClipNorm > AdamW", opt.OptimiserChain, (opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW()),), law="measured"),
+    Row("Adam > ClipNorm", opt.OptimiserChain, (opt.OptimiserChain(opt.Adam(), opt.ClipNorm(1e-3)),), law="measured"),
+    Row(
+        "ClipNorm > ClipGlobalNorm > Momentum > ClipNorm",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.ClipNorm(2.0), opt.ClipGlobalNorm(0.5), opt.Momentum(), opt.ClipNorm(1e-3, 1.0)),),
+        law="measured",
+    ),
+    Row(
+        "ClipGlobalNorm > Adam",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.Adam(0.1)),),
+        law="measured",
+    ),
+    Row(
+        "AccumGrad > Adam",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.AccumGrad(2), opt.Adam(0.1)),),
+        host_counter=True,
+    ),
+    Row(
+        "Scheduled chain",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.ClipNorm(0.5), opt.Scheduled(opt.AdamW(), eta=halving)),),
+        law="measured",
+        host_counter=True,
+        rebuilds=False,
+    ),
+    Row(
+        "MixedPrecision chain",
+        opt.MixedPrecision,
+        (opt.MixedPrecision(opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(0.01, lambda_=0.1)), "float64"),),
+        law="measured",
+    ),
+    Row("a user's rule", SignedRoot, (SignedRoot(), SignedRoot(0.5)), law="none", bad=bad_eta("SignedRoot")),
+    Row("a user's stackable rule", Centred, (Centred(),), law="stackable", min_ndim=1, stacked=lambda rule: rule),
+    Row("a user's measured rule", MeanScaled, (MeanScaled(),), law="measured"),
+)
+
+
+def cases(*, every: bool = True, **claims: Any) -> list[tuple[str, Row, opt.AbstractRule]]:
+    """(id, row, rule) for the configurations of all rows (or their first one only) with these claims."""
+    return [
+        (f"{row.name}-{i}" if i else row.name, row, rule)
+        for row in ROWS
+        if all(getattr(row, name) == value for name, value in claims.items())
+        for i, rule in enumerate(row.configs if every else row.configs[:1])
+    ]

@@ -1,0 +1,192 @@
+"""The house is built as its plan says: which part may import which, and what belongs to a rule."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import optimisers as opt
+from optimisers import rules
+from table import ROWS
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "optimisers"
+PARTS = ("errors", "arrays", "rules", "tree", "engine", "setup_api", "interop")
+MODULES = sorted(SOURCE.rglob("*.py"))
+# Registering the state with torch's pytree happens where the state is, once torch is loaded.
+TORCH_ELSEWHERE = {("tree/state.py", "torch.utils")}
+
+
+def name_of(path):
+    return path.relative_to(SOURCE).as_posix()
+
+
+def part_of(path):
+    """The part of the house a module belongs to, None for the package's own ``__init__``."""
+    first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return None if first == "__init__" else first
+
+
+def imports(path):
+    """(absolute name of what is imported, whether at import time, line) for every import, those in functions included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ("optimisers", *path.relative_to(SOURCE).parent.parts)
+    found = []
+
+    def visit(node, *, now):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, now, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else ()
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                if child.module:
+                    found.append((module, now, child.lineno))
+                else:
+                    found.extend((f"{module}.{alias.name}", now, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for other in child.orelse:
+                    visit(other, now=now)
+            else:
+                deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                visit(child, now=now and not deferred)
+
+    visit(tree, now=True)
+    return found
+
+
+def test_the_reader_of_imports_sees_all_of_them(tmp_path):
+    names = {name for path in MODULES for name, _, _ in imports(path)}
+    assert {"numpy", "optree", "torch", "torch.utils", "optimisers.arrays", "optimisers.rules._base"} <= names
+    later = [(name, now) for name, now, _ in imports(SOURCE / "tree" / "state.py") if name == "torch.utils"]
+    assert later == [("torch.utils", False)]
+
+
+def test_every_module_belongs_to_a_part():
+    assert {part_of(path) for path in MODULES} - {None} <= set(PARTS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    for name, _, line in imports(path):
+        first, *rest = name.split(".")
+        if first != "optimisers" or part is None:
+            continue
+        assert rest, f"{name_of(path)}:{line} imports the package itself"
+        assert PARTS.index(rest[0]) <= PARTS.index(part), f"{name_of(path)}:{line}: {part} must not import {rest[0]}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_torch_is_imported_only_where_tensors_are(path):
+    home = name_of(path) == "arrays/_torch.py" or part_of(path) in {"engine", "interop"}
+    for name, _, line in imports(path):
+        allowed = home or (name_of(path), name) in TORCH_ELSEWHERE
+        assert name.split(".")[0] != "torch" or allowed, f"{name_of(path)}:{line} imports {name}"
+
+
+def test_torch_is_never_imported_by_importing_the_package():
+    """Follow what is imported at import time from the package's ``__init__``, and find no torch."""
+    files = {"optimisers." + name_of(path).removesuffix(".py").replace("/", "."): path for path in MODULES}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()} | {"optimisers": SOURCE / "__init__.py"}
+    seen, queue = set(), ["optimisers"]
+    while queue:
+        module = queue.pop()
+        if module in seen or module not in files:
+            continue
+        seen.add(module)
+        for name, now, line in imports(files[module]):
+            if now:
+                assert name.split(".")[0] not in {"torch", "jax"}, f"{name_of(files[module])}:{line} imports {name}"
+                parents = name.split(".")
+                queue += [".".join(parents[: i + 1]) for i in range(len(parents))]
+    assert "optimisers.rules.adam" in seen
+    assert "optimisers.arrays._torch" not in seen
+
+
+def test_importing_the_package_imports_no_framework():
+    code = "import sys, optimisers; sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_tree_imports_optree(path):
+    for name, _, line in imports(path):
+        assert name.split(".")[0] != "optree" or part_of(path) == "tree", f"{name_of(path)}:{line} imports optree"
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------------
+
+RULES = {
+    name: value
+    for name, value in vars(rules).items()
+    if inspect.isclass(value) and issubclass(value, opt.AbstractRule) and not inspect.isabstract(value)
+}
+RULE_FILES = sorted(path for path in (SOURCE / "rules").glob("*.py") if not path.name.startswith("_"))
+
+
+def test_there_are_rules():
+    assert {"Adam", "OptimiserChain", "Scheduled"} <= RULES.keys()
+    assert not {"AbstractRule", "MeasuredRule"} & RULES.keys()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_has_all_that_belongs_to_it(name):
+    """A rule has a file of its own, its line in the index, a row in the table of tests, and a line in the docs."""
+    rule = RULES[name]
+    module = importlib.import_module(rule.__module__)
+    others = [n for n, r in RULES.items() if r.__module__ == rule.__module__ and n != name]
+    documented = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    file = Path(module.__file__)
+    missing = []
+    if file.parent != SOURCE / "rules" or others:
+        missing.append(f"a file of its own in src/optimisers/rules (it stands in {file.name} with {others or 'none'})")
+    if getattr(opt, name, None) is not rule:
+        missing.append("its name in src/optimisers/__init__.py")
+    if not any(row.name == name and any(type(config) is rule for config in row.configs) for row in ROWS):
+        missing.append("its row in tests/table.py")
+    if not re.search(rf"`{name}\b", documented):
+        missing.append("its line in docs/rules.md")
+    if not inspect.cleandoc(rule.__doc__ or "").strip() or not (module.__doc__ or "").strip():
+        missing.append("docstrings of the class and of its file, which gives the reference")
+    assert not missing, f"{name} lacks " + "; ".join(missing)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_claim_of_a_row_is_the_rules_own(name):
+    row = next((row for row in ROWS if row.name == name), None)
+    if row is None:
+        pytest.fail(f"{name} lacks its row in tests/table.py")
+    refuses = RULES[name].real_only
+    assert not (refuses and row.complex), f"{name} refuses complex arrays, and its row in tests/table.py says otherwise"
+
+
+@pytest.mark.parametrize("path", RULE_FILES, ids=name_of)
+def test_a_rule_knows_no_framework_and_writes_to_nothing(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for name, _, line in imports(path):
+        root = name.split(".")[0]
+        assert root not in {"torch", "numpy", "optree", "jax"}, f"{name_of(path)}:{line} imports {name}"
+    for node in ast.walk(tree):
+        at = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.If | ast.IfExp):
+            assert "torch" not in ast.unparse(node.test) or "kind(" in ast.unparse(node.test), f"{at} asks for torch"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            in_place = name.endswith("_") and not name.endswith("__")
+            assert not in_place, f"{at} calls {name}, which writes to its array"
+            assert not any(keyword.arg == "out" for keyword in node.keywords), f"{at} writes to out="
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        given = {arg.arg for arg in function.args.args} - {"self"}
+        for node in ast.walk(function):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in [node.target] if isinstance(node, ast.AugAssign) else targets:
+                inner = target.value if isinstance(target, ast.Subscript) else target
+                written = isinstance(target, ast.Subscript) or isinstance(node, ast.AugAssign)
+                name = inner.id if isinstance(inner, ast.Name) else ""
+                assert not (written and name in given), f"{name_of(path)}:{node.lineno} writes to its argument {name}"

@@ -1,0 +1,96 @@
+"""The documentation runs, and it is complete."""
+
+import inspect
+import re
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import optimisers as opt
+from optimisers import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PUBLIC = [name for name in opt.__all__ if not name.startswith("__")]
+
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    line: int
+    code: str
+    run: bool
+
+
+def python_blocks(text):
+    """The fenced Python blocks of a page, with the number of lines above each, so that tracebacks are right."""
+    for fence in FENCE.finditer(text):
+        language, _, attributes = fence["info"].strip().partition(" ")
+        if language in {"python", "py"}:
+            yield Block(text.count("\n", 0, fence.start("code")), fence["code"], ".no-run" not in attributes)
+
+
+def page_id(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_blocks_are_found_with_their_lines():
+    text = "a\n\n```python\nx = 1\ny = 2\n```\n```sh\nls\n```\n```python {.no-run}\nz\n```\n"
+    assert list(python_blocks(text)) == [Block(3, "x = 1\ny = 2\n", run=True), Block(10, "z\n", run=False)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_python_fence_is_recognised(page):
+    # An indented fence, or one in tildes, would be shown to readers and never be run.
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^\s*(?:`{3,}|~{3,})\s*(?:python|py)\b", text, re.MULTILINE)
+    assert len(fences) == len(list(python_blocks(text)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_page_runs(page, tmp_path, monkeypatch):
+    blocks = list(python_blocks(page.read_text(encoding="utf-8")))
+    if blocks and not any(block.run for block in blocks):
+        pytest.skip("every block of this page is marked .no-run")
+    monkeypatch.chdir(tmp_path)
+    # A module that can be looked up, since dataclasses and pickle ask where a class was defined.
+    module = types.ModuleType("docs_" + re.sub(r"\W", "_", page.stem))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks:
+        if block.run:
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), vars(module))
+
+
+def referenced():
+    """What the API page names, and hence mkdocstrings documents."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^::: optimisers\.([\w.]+)", text, re.MULTILINE))
+
+
+def test_api_page_names_only_what_is_public():
+    assert referenced() - set(PUBLIC) <= {"errors"}
+
+
+def test_errors_page_lists_every_error():
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+    assert listed | {"OptimisersError"} == {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.OptimisersError)
+    }
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_documented(name):
+    value = getattr(opt, name)
+    if isinstance(value, type | types.FunctionType | types.ModuleType):
+        doc = inspect.cleandoc(value.__doc__ or "")
+        # A dataclass without a docstring is given its signature for one.
+        assert doc, f"optimisers.{name} has no docstring"
+        assert not doc.startswith(f"{name}("), f"optimisers.{name} has no docstring of its own"
+    targets = referenced()
+    rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    documented = name in targets or getattr(value, "__module__", "").removeprefix("optimisers.") in targets
+    assert documented or re.search(rf"`{name}\b", rules), f"{name} stands neither in docs/api.md nor in docs/rules.md"

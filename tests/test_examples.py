@@ -1,0 +1,101 @@
+"""The examples run, learn, and leave their pictures behind."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--steps", "30", "--batch", "8", "--context", "32", "--width", "32", "--layers", "1", "--no-progress"]
+
+
+@pytest.fixture(scope="module")
+def train_gpt():
+    spec = importlib.util.spec_from_file_location("train_gpt", ROOT / "examples" / "train_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_picture(path):
+    """A PNG with a header, a size worth looking at and more in it than one colour."""
+    from matplotlib import image
+
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) >= 300
+    assert pixels[..., :3].std() > 0.01
+
+
+@pytest.fixture(scope="module")
+def tiny_run(train_gpt):
+    """A few steps of a tiny model: rule, seed -> history."""
+    data = train_gpt.load_data()
+
+    def run(rule, seed=0, steps=30):
+        torch.manual_seed(seed)
+        model = train_gpt.GPT(context=32, width=32, layers=1)
+        return train_gpt.train(model, train_gpt.RULES[rule](), data, steps=steps, batch=8, seed=seed, evaluations=1)
+
+    return run
+
+
+def test_gpt_learns_draws_and_speaks(train_gpt, tmp_path, capsys):
+    history = train_gpt.main([*TINY, "--out", str(tmp_path)])
+
+    assert len(history.train) == 30
+    assert all(map(math.isfinite, history.train))
+    (first_step, first), *_, (last_step, last) = history.validation
+    assert (first_step, last_step) == (0, 30)
+    assert first == pytest.approx(math.log(256), rel=0.05)  # before the first step every byte is as likely as another
+    assert last < first - 1
+    assert_picture(tmp_path / "loss.png")
+
+    printed = capsys.readouterr().out
+    assert "blocks.0.qkv.weight" in printed  # the state table
+    assert f"validation loss {last:.3f}" in printed
+    sample = printed.partition("--- sample ---\n")[2]
+    assert sample.startswith("The ")
+    assert len(sample) > 100
+
+
+def test_gpt_learns_by_every_rule(train_gpt, tiny_run):
+    for rule in train_gpt.RULES:
+        (_, first), (_, last) = tiny_run(rule).validation
+        assert last < first - 0.3, rule
+
+
+def test_gpt_run_is_determined_by_its_seed(tiny_run):
+    assert tiny_run("adamw", seed=0, steps=5) == tiny_run("adamw", seed=0, steps=5)
+    assert tiny_run("adamw", seed=0, steps=5) != tiny_run("adamw", seed=1, steps=5)
+
+
+def test_gpt_rules_are_shown_the_same_weights_and_batches(tiny_run):
+    (first, second), (other_first, other_second) = tiny_run("adamw", steps=2).train, tiny_run("lion", steps=2).train
+    assert first == other_first
+    assert second != other_second
+
+
+def test_digits_reach_their_accuracy_without_torch(tmp_path):
+    # A process of its own, for the example asserts at its end that torch was never imported.
+    # The products are small: threads would only wait for each other.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    script = ROOT / "examples" / "digits_numpy.py"
+    run = subprocess.run(
+        [sys.executable, script, "--no-progress", "--out", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    accuracy = re.search(r"test accuracy ([\d.]+)%", run.stdout)
+    assert float(accuracy[1]) >= 95
+    assert_picture(tmp_path / "curves.png")
