@@ -46,6 +46,17 @@ def sweep(name: str, data: Data, steps: int, batch: int, seed: int, widest: int 
     return dict(sorted(losses.items()))
 
 
+def pace(best: dict[str, float], data: Data, batch: int, rounds: int = 15) -> dict[str, float]:
+    """Seconds a training step takes with each rule: the rules in turn, three steps each, medians over the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in best}
+    for seed in range(rounds):
+        for name, eta in best.items():
+            torch.manual_seed(seed)
+            history = train(GPT(), RULES[name].rule(eta), data, steps=4, batch=batch, seed=seed, evaluations=1)
+            times[name].append(statistics.median(history.step_seconds))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def reached(history: History, loss: float) -> int | None:
     """The first step at which the validation loss, read linearly between measurements, is at most this."""
     for (a, high), (b, low) in zip(history.validation, history.validation[1:], strict=False):
@@ -60,8 +71,9 @@ def compare(names: list[str], data: Data, out: Path, *, steps: int, batch: int, 
     sweeps = {name: sweep(name, data, steps, batch, seed=0) for name in tqdm(names, desc="sweeps")}
     best = {name: min(losses, key=losses.__getitem__) for name, losses in sweeps.items()}
     runs = {name: [run(name, best[name], data, steps, batch, seed) for seed in range(seeds)] for name in names}
-    rows = table(runs, best)
-    draw(runs, best, out / "comparison.png")
+    paces = pace(best, data, batch)
+    rows = table(runs, best, paces)
+    draw(runs, best, paces, out / "comparison.png")
     spiked = spike_test(data, out / "spike.png", steps=steps, batch=batch)
     results = {"steps": steps, "batch": batch, "seeds": seeds, "sweeps": sweeps, "rows": rows, "spike": spiked}
     (out / "results.json").write_text(json.dumps({**results, "runs": {k: [asdict(h) for h in v] for k, v in runs.items()}}))
@@ -75,7 +87,7 @@ def compare(names: list[str], data: Data, out: Path, *, steps: int, batch: int, 
     return results
 
 
-def table(runs: dict[str, list[History]], best: dict[str, float]) -> list[dict[str, object]]:
+def table(runs: dict[str, list[History]], best: dict[str, float], paces: dict[str, float]) -> list[dict[str, object]]:
     """One row a rule; the first rule is what the others are measured against."""
     reference = next(iter(runs.values()))
     rows = []
@@ -91,7 +103,7 @@ def table(runs: dict[str, list[History]], best: dict[str, float]) -> list[dict[s
                 "final": statistics.mean(finals),
                 "finals": finals,
                 "share of steps": max(share) if len(share) == len(histories) else None,
-                "seconds": statistics.mean(history.seconds for history in histories),
+                "ms a step": 1000 * paces[name],
                 "state bytes": histories[0].state_bytes,
             }
         )
@@ -101,23 +113,22 @@ def table(runs: dict[str, list[History]], best: dict[str, float]) -> list[dict[s
 def print_table(rows: list[dict[str, object]]) -> None:
     """The rows as a Markdown table."""
     first = rows[0]
-    print(f"| rule | eta | final loss (mean, each seed) | steps to {first['rule']}'s final loss | seconds | state bytes |")
+    print(f"| rule | eta | final loss (mean, each seed) | steps to {first['rule']}'s final loss | ms a step | state bytes |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         each = ", ".join(f"{loss:.3f}" for loss in row["finals"])
         share = "not reached" if row["share of steps"] is None else f"{row['share of steps']:.0%}"
         size = f"{row['state bytes']:,} ({row['state bytes'] / first['state bytes']:.0%})"
-        print(f"| {row['rule']} | {row['eta']:g} | {row['final']:.3f} ({each}) | {share} | {row['seconds']:.0f} | {size} |")
+        print(f"| {row['rule']} | {row['eta']:g} | {row['final']:.3f} ({each}) | {share} | {row['ms a step']:.0f} | {size} |")
 
 
-def draw(runs: dict[str, list[History]], best: dict[str, float], path: Path) -> None:
-    """Validation loss against steps and against seconds, and the bytes of state; thin lines are single seeds."""
+def draw(runs: dict[str, list[History]], best: dict[str, float], paces: dict[str, float], path: Path) -> None:
+    """Validation loss against steps and seconds (steps times the pace), and the bytes of state; thin lines are single seeds."""
     figure, (steps, seconds, memory) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for colour, (name, histories) in enumerate(runs.items()):
         at = [step for step, _ in histories[0].validation]
         mean = [statistics.mean(losses) for losses in zip(*([v for _, v in h.validation] for h in histories), strict=True)]
-        pace = statistics.mean(h.seconds for h in histories) / at[-1]
-        for axes, unit in ((steps, 1.0), (seconds, pace)):
+        for axes, unit in ((steps, 1.0), (seconds, paces[name])):
             for history in histories:
                 axes.plot(
                     [s * unit for s in at], [v for _, v in history.validation], color=f"C{colour}", alpha=0.3, linewidth=0.8

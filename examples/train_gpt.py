@@ -186,8 +186,8 @@ class History:
 
     train: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    """Time spent on training, without the measurements."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Time spent on each step, without the measurements."""
     state_bytes: int = 0
 
     @property
@@ -248,7 +248,7 @@ def train(
         model.zero_grad(set_to_none=True)
 
         history.train.append(loss.item())
-        history.seconds += time.perf_counter() - begin
+        history.step_seconds.append(time.perf_counter() - begin)
         if (step + 1) % every == 0 or step + 1 == steps:
             history.validation.append((step + 1, evaluate(model, data.validation, context)))
         bar.set_postfix(train=f"{history.train[-1]:.3f}", val=f"{history.validation[-1][1]:.3f}")

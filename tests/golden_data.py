@@ -354,6 +354,8 @@ def muon_gram_shift(record):
     """The recorded run of Muon took the route that adds a multiple of the identity to the Gram matrix of an oblong matrix."""
     if "rule" not in record or "Muon" not in rule_types(record["rule"]):
         return False
+    if "newton_schulz_path" in record:
+        return record["newton_schulz_path"] == "fused3"
     rows, columns = (record["shape"][0], math.prod(record["shape"][1:]))
     return columns > 1 and max(rows, columns) >= 2.5 * min(rows, columns)
 

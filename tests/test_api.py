@@ -861,3 +861,10 @@ def test_arrays_tied_after_setup_are_refused_by_update_(kind):
         opt.update_(state, {"a": one, "b": one}, {"a": make(3), "b": make(3)})
     assert (one == 1).all()
     opt.update(state, {"a": one, "b": one}, {"a": make(3), "b": make(3)})  # nothing was consumed
+
+
+def test_a_numpy_scalar_is_the_gradient_of_a_0d_array():
+    state = opt.setup(opt.Descent(0.5), {"scale": np.ones(())})
+    _, model = opt.update(state, {"scale": np.ones(())}, {"scale": np.float64(2.0)})
+    assert isinstance(model["scale"], np.ndarray)
+    assert model["scale"] == 0

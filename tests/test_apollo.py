@@ -46,8 +46,8 @@ def textbook(x, grads, rule, rank, *, left, projection=explicit):
     b1, b2 = adam.beta
     m = v = 0.0
     xs = []
-    for t, g in enumerate(grads, 1):
-        g = g if left else g.T
+    for t, given in enumerate(grads, 1):
+        g = given if left else given.T
         p = projection((rank, g.shape[0]), t // rule.u)
         r = p @ g
         m = b1 * m + (1 - b1) * r
@@ -208,6 +208,13 @@ def test_dtypes_are_kept(dtype):
     assert x.isfinite().all()
 
 
+@both_kinds
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3)], ids=str)
+def test_empty_arrays(kind, shape):
+    x = np.ones(shape)
+    assert run(opt.Apollo(0.1), x, [x, x], kind).shape == (2, *shape)
+
+
 def test_a_zero_gradient_stays_zero():
     x = np.ones((3, 4))
     y = run(opt.Apollo(0.1), x, [0 * x, 0 * x])
@@ -347,8 +354,10 @@ def test_resuming_is_exact_with_no_projection_stored(kind):
     assert sum(leaf.size for leaf in leaves if leaf.size > 1) < 2 * 6 * 40 + 2 * 40 + projection
     # a new process: set up anew, and put the saved numbers in the place of the new ones
     fresh, structure = optree.tree_flatten(opt.setup(rule, resumed))
-    put = [type(old)(new) if kind == "numpy" and not isinstance(old, np.ndarray) else new for old, new in zip(fresh, leaves)]
-    put = [torch.as_tensor(leaf) for leaf in leaves] if kind == "torch" else put
+    if kind == "torch":
+        put = [torch.as_tensor(leaf) for leaf in leaves]
+    else:  # counters are Python numbers there
+        put = [new if isinstance(old, np.ndarray) else new.item() for old, new in zip(fresh, leaves, strict=True)]
     state_again = optree.tree_unflatten(structure, put)
     for grad in grads[7:]:
         state_again, resumed = opt.update(state_again, resumed, grad)
@@ -390,7 +399,9 @@ def test_bytes_of_state():
 def test_structural_fields_cannot_be_adjusted():
     state = opt.setup(opt.Apollo(), {"w": np.ones((3, 4))})
     for change in ({"rank": 2}, {"u": 5}, {"sort_dims": False}, {"mode": "tensor"}, {"seed": 3}, {"projection": None}):
-        with pytest.raises(opt.HyperParameterError, match=f"field '{next(iter(change))}' of Apollo is fixed at setup") as raised:
+        with pytest.raises(
+            opt.HyperParameterError, match=f"field '{next(iter(change))}' of Apollo is fixed at setup"
+        ) as raised:
             opt.adjust(state, **change)
         assert "w" in str(raised.value)
 

@@ -225,8 +225,8 @@ def test_nothing_turns_into_nan_or_infinity(kind, dtype, ns, shape):
     inputs["one entry"][..., 0, 0] = 1.0
     inputs |= {f"{name} tiny": np.sign(random) * tiny for name in ("random",)}
     inputs |= {f"{name} huge": np.clip(inputs[name], -1, 1) * huge for name in ("random", "rank 1", "one entry")}
-    for name, x in inputs.items():
-        x = as_dtype(x, kind, dtype)
+    for name, given in inputs.items():
+        x = as_dtype(given, kind, dtype)
         y = opt.orthogonalise(x, ns)
         assert y.dtype == x.dtype
         assert tuple(y.shape) == shape
