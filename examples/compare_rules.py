@@ -10,7 +10,8 @@ NormGrowthCap through one step whose gradient is a thousand times too long.
 
 import json
 import statistics
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,40 +20,44 @@ from tqdm import tqdm
 from train_gpt import GPT, RULES, Data, History, train
 
 
-def run(name: str, eta: float, data: Data, steps: int, batch: int, seed: int, spike: int | None = None) -> History:
-    """One run from the weights and batches that the seed gives."""
-    torch.manual_seed(seed)
-    rule = RULES[name].rule(eta)
-    return train(GPT(), rule, data, steps=steps, batch=batch, seed=seed, spike=spike, progress=True, label=f"{name} {eta:g}")
+@dataclass(frozen=True)
+class Plan:
+    """What all runs have in common."""
+
+    data: Data
+    steps: int = 400
+    batch: int = 16
+    model: Callable[[], GPT] = GPT
+
+    def run(self, name: str, eta: float, seed: int, *, spike: int | None = None) -> History:
+        """One run from the weights and batches that the seed gives."""
+        torch.manual_seed(seed)
+        model, rule = self.model(), RULES[name].rule(eta)
+        options = {"steps": self.steps, "batch": self.batch, "seed": seed, "spike": spike}
+        return train(model, rule, self.data, **options, progress=True, label=f"{name} {eta:g}")
 
 
-def sweep(name: str, data: Data, steps: int, batch: int, seed: int, widest: int = 12) -> dict[float, float]:
+def sweep(plan: Plan, name: str, widest: int = 12) -> dict[float, float]:
     """Learning rate -> final validation loss, over powers of two until the best has a worse neighbour on both sides."""
     start = RULES[name].eta
-    losses: dict[float, float] = {}
-
-    def measure(eta: float) -> None:
-        if eta not in losses:
-            losses[eta] = run(name, eta, data, steps, batch, seed).final
-
-    for eta in (start / 2, start, start * 2):
-        measure(eta)
+    losses = {eta: plan.run(name, eta, seed=0).final for eta in (start / 2, start, start * 2)}
     for _ in range(widest):
-        best = min(losses, key=lambda eta: losses[eta])
-        if best / 2 in losses and best * 2 in losses:
+        best = min(losses, key=losses.__getitem__)
+        wanted = [eta for eta in (best / 2, best * 2) if eta not in losses]
+        if not wanted:
             break
-        measure(best / 2)
-        measure(best * 2)
+        losses |= {eta: plan.run(name, eta, seed=0).final for eta in wanted}
     return dict(sorted(losses.items()))
 
 
-def pace(best: dict[str, float], data: Data, batch: int, rounds: int = 15) -> dict[str, float]:
-    """Seconds a training step takes with each rule: the rules in turn, three steps each, medians over the rounds."""
+def pace(plan: Plan, best: dict[str, float], rounds: int = 15) -> dict[str, float]:
+    """Seconds a training step takes with each rule: the rules in turn, four steps each, medians over the rounds."""
     times: dict[str, list[float]] = {name: [] for name in best}
     for seed in range(rounds):
         for name, eta in best.items():
             torch.manual_seed(seed)
-            history = train(GPT(), RULES[name].rule(eta), data, steps=4, batch=batch, seed=seed, evaluations=1)
+            model, rule = plan.model(), RULES[name].rule(eta)
+            history = train(model, rule, plan.data, steps=4, batch=plan.batch, seed=seed, evaluations=1)
             times[name].append(statistics.median(history.step_seconds))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -65,17 +70,17 @@ def reached(history: History, loss: float) -> int | None:
     return None
 
 
-def compare(names: list[str], data: Data, out: Path, *, steps: int, batch: int, seeds: int) -> dict[str, object]:
+def compare(plan: Plan, names: list[str], out: Path, seeds: int = 3) -> dict[str, object]:
     """Sweep, run all seeds, draw, and return what was measured (also written to ``results.json``)."""
     out.mkdir(parents=True, exist_ok=True)
-    sweeps = {name: sweep(name, data, steps, batch, seed=0) for name in tqdm(names, desc="sweeps")}
+    sweeps = {name: sweep(plan, name) for name in tqdm(names, desc="sweeps")}
     best = {name: min(losses, key=losses.__getitem__) for name, losses in sweeps.items()}
-    runs = {name: [run(name, best[name], data, steps, batch, seed) for seed in range(seeds)] for name in names}
-    paces = pace(best, data, batch)
+    runs = {name: [plan.run(name, best[name], seed) for seed in range(seeds)] for name in names}
+    paces = pace(plan, best)
     rows = table(runs, best, paces)
     draw(runs, best, paces, out / "comparison.png")
-    spiked = spike_test(data, out / "spike.png", steps=steps, batch=batch)
-    results = {"steps": steps, "batch": batch, "seeds": seeds, "sweeps": sweeps, "rows": rows, "spike": spiked}
+    spiked = spike_test(plan, out / "spike.png")
+    results = {"steps": plan.steps, "batch": plan.batch, "sweeps": sweeps, "rows": rows, "spike": spiked}
     (out / "results.json").write_text(json.dumps({**results, "runs": {k: [asdict(h) for h in v] for k, v in runs.items()}}))
     print_table(rows)
     print("the sweeps, learning rate: final validation loss")
@@ -145,13 +150,13 @@ def draw(runs: dict[str, list[History]], best: dict[str, float], paces: dict[str
     plt.close(figure)
 
 
-def spike_test(data: Data, path: Path, *, steps: int, batch: int) -> dict[str, tuple[float, float, float]]:
+def spike_test(plan: Plan, path: Path) -> dict[str, tuple[float, float, float]]:
     """Momentum with and without NormGrowthCap, one gradient times 1000: loss before it, worst after it, and at the end."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    at = steps // 2
+    at = plan.steps // 2
     found = {}
     for name in ("momentum", "capped-momentum"):
-        history = run(name, RULES[name].eta, data, steps, batch, seed=0, spike=at)
+        history = plan.run(name, RULES[name].eta, seed=0, spike=at)
         before = [loss for step, loss in history.validation if step <= at]
         after = [loss for step, loss in history.validation if step > at]
         found[name] = (before[-1], max(after), after[-1])

@@ -186,7 +186,7 @@ class History:
 
     train: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list, compare=False)
     """Time spent on each step, without the measurements."""
     state_bytes: int = 0
 
@@ -292,10 +292,13 @@ def main(argv: list[str] | None = None) -> object:
     args = parser.parse_args(argv)
     out = args.out or Path("out/train_gpt" if args.compare is None else "out/compare")
     if args.compare is not None:
-        from compare_rules import compare
+        from compare_rules import Plan, compare
+
+        def model() -> GPT:
+            return GPT(args.context, args.width, args.layers)
 
         names = args.compare or ["adamw", "muon", "apollo", "apollo-mini"]
-        return compare(names, load_data(), out, steps=args.steps or 400, batch=args.batch, seeds=args.seeds)
+        return compare(Plan(load_data(), args.steps or 400, args.batch, model), names, out, args.seeds)
 
     torch.manual_seed(args.seed)
     model = GPT(args.context, args.width, args.layers)

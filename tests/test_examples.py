@@ -1,6 +1,7 @@
 """The examples run, learn, and leave their pictures behind."""
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -41,7 +42,8 @@ def tiny_run(train_gpt):
     def run(rule, seed=0, steps=30):
         torch.manual_seed(seed)
         model = train_gpt.GPT(context=32, width=32, layers=1)
-        return train_gpt.train(model, train_gpt.RULES[rule](), data, steps=steps, batch=8, seed=seed, evaluations=1)
+        choice = train_gpt.RULES[rule]
+        return train_gpt.train(model, choice.rule(choice.eta), data, steps=steps, batch=8, seed=seed, evaluations=1)
 
     return run
 
@@ -80,6 +82,25 @@ def test_gpt_rules_are_shown_the_same_weights_and_batches(tiny_run):
     (first, second), (other_first, other_second) = tiny_run("adamw", steps=2).train, tiny_run("lion", steps=2).train
     assert first == other_first
     assert second != other_second
+
+
+def test_gpt_compares_rules(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import train_gpt
+
+    small = ["--batch", "4", "--context", "16", "--width", "16", "--layers", "1", "--steps", "12", "--seeds", "2"]
+    results = train_gpt.main(["--compare", "adamw", "muon", *small, "--out", str(tmp_path)])
+
+    assert_picture(tmp_path / "comparison.png")
+    assert_picture(tmp_path / "spike.png")
+    for losses in results["sweeps"].values():  # no rule's best lies at the edge of its sweep
+        best = min(losses, key=losses.__getitem__)
+        assert min(losses) < best < max(losses)
+    adamw, muon = results["rows"]
+    assert len(adamw["finals"]) == 2
+    assert muon["state bytes"] < adamw["state bytes"]
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["rule"] == "adamw"
+    assert "| muon |" in capsys.readouterr().out
 
 
 def test_digits_reach_their_accuracy_without_torch(tmp_path):
