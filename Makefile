@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test test-frameworks lint docs clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -15,6 +15,10 @@ demo: .venv/.installed-examples
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
+
+# Offline: the models are random and small, and nothing is to be downloaded.
+test-frameworks: .venv/.installed-test,frameworks
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q tests/frameworks
 
 lint: .venv/.installed-torch,lint
 	$(BIN)/ruff check

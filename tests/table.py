@@ -19,6 +19,7 @@ class Row:
     make: the class (or function) that takes the keywords of ``bad``.
     configs: instances to test; the first has the defaults.
     complex: whether complex arrays are supported; if not, setup refuses them.
+    refuses: real dtypes that setup refuses.
     law: what the rule promises about itself.
     differentiable: whether the step depends smoothly on the gradient; if not, its derivative is zero almost everywhere.
     host_counter: whether it reads a step counter on the host, which transforms cannot do.
@@ -33,6 +34,7 @@ class Row:
     make: Callable[..., Any]
     configs: tuple[opt.AbstractRule, ...]
     complex: bool = True
+    refuses: tuple[str, ...] = ()
     law: str = "elementwise"
     differentiable: bool = True
     host_counter: bool = False
@@ -315,6 +317,41 @@ ROWS = (
         ),
     ),
     Row(
+        "SkipNonFinite",
+        opt.SkipNonFinite,
+        (opt.SkipNonFinite(), opt.SkipNonFinite("a")),
+        law="measured",
+        host_counter=True,
+        bad=(({"throw": True}, UnknownFieldError, "SkipNonFinite has no field 'throw'. Its fields are: group"),),
+    ),
+    Row(
+        "Averaged",
+        opt.Averaged,
+        (
+            opt.Averaged(opt.Adam()),
+            opt.Averaged(opt.Momentum(0.1), 0.5, debias=False),
+            opt.Averaged(opt.MixedPrecision(opt.Adam(0.1), "float64"), 0.9),
+        ),
+        like_x=False,  # the average of a half-precision array is kept in float32
+        bad=(
+            ({"rule": opt.Adam(), "decay": 1.0}, HyperParameterError, "Averaged: field 'decay' must be in [0, 1); got 1.0"),
+            ({}, UnknownFieldError, "Averaged needs its field 'rule'"),
+            ({"rule": 0.1}, RuleError, "Averaged(rule, decay): rule must be a rule; got"),
+        ),
+    ),
+    Row(
+        "StochasticRounding",
+        opt.StochasticRounding,
+        (opt.StochasticRounding(opt.Adam()), opt.StochasticRounding(opt.Momentum(0.1), seed=3)),
+        law="none",
+        refuses=("float16",),
+        bad=(
+            ({}, UnknownFieldError, "StochasticRounding needs its field 'rule'"),
+            ({"rule": 0.1}, RuleError, "StochasticRounding(rule, seed): rule must be a rule; got"),
+            ({"rule": opt.Adam(), "seed": 0.5}, HyperParameterError, "field 'seed' must be a whole number >= 0; got 0.5"),
+        ),
+    ),
+    Row(
         "MixedPrecision",
         opt.MixedPrecision,
         (
@@ -359,6 +396,71 @@ ROWS = (
         bad=(({"rule": opt.Adam()}, TypeError, "rule"),),
     ),
     Row(
+        "Muon",
+        opt.Muon,
+        (opt.Muon(), opt.Muon(scale="rms", momentum="ema_debiased"), opt.Muon.preset("dion"), opt.Muon.preset("moonlight")),
+        complex=False,
+        law="none",
+        like_x=False,
+        bad=(
+            *bad_eta("Muon"),
+            *bad_fraction("Muon", "mu"),
+            *bad_lambda("Muon"),
+            ({"opt": 0.1}, RuleError, "Muon: field 'opt' must be a rule; got 0.1"),
+            ({"scale": "keller"}, HyperParameterError, "Muon: field 'scale' must be one of 'jordan'"),
+            ({"ns_steps": 3}, UnknownFieldError, "Muon has no field 'ns_steps'; did you mean 'ns'?"),
+        ),
+    ),
+    Row(
+        "Orthogonalise",
+        opt.Orthogonalise,
+        (opt.Orthogonalise(), opt.Orthogonalise(opt.NewtonSchulz(6, "polar_express"), "moonlight", "in_out")),
+        complex=False,
+        law="stackable",
+        min_ndim=2,
+        stacked=lambda rule: rule.stacked(),
+        bad=(({"blocks": 0}, HyperParameterError, "Orthogonalise: field 'blocks' must be a whole number >= 1, or a tuple"),),
+    ),
+    Row(
+        "Apollo",
+        opt.Apollo,
+        (opt.Apollo(), opt.Apollo(0.1, 2, 2, False, scale=4.0), opt.Apollo.mini(opt.AdamW(0.1, lambda_=0.1))),
+        law="none",
+        like_x=False,
+        bad=(
+            ({"opt": opt.Adam()}, RuleError, "Apollo: field 'opt' must be an AdamW or a learning rate; got Adam("),
+            ({"rank": 0}, HyperParameterError, "Apollo: field 'rank' must be None, a whole number >= 1"),
+            ({"u": 0}, HyperParameterError, "Apollo: field 'u' must be a whole number >= 1; got 0"),
+        ),
+    ),
+    Row(
+        "NormGrowthCap",
+        opt.NormGrowthCap,
+        (opt.NormGrowthCap(), opt.NormGrowthCap(1.5, 1e-3, 0.0, False, False)),
+        complex=False,
+        law="measured",
+        like_x=False,
+        bad=(*bad_positive("NormGrowthCap", "tau"), *bad_epsilon("NormGrowthCap")),
+    ),
+    Row(
+        "GradNormControl",
+        opt.GradNormControl,
+        (opt.GradNormControl(), opt.GradNormControl(1.5, 1e-3, 0.0, False, False)),
+        complex=False,
+        law="measured",
+        like_x=False,
+        bad=(*bad_positive("GradNormControl", "tau"), *bad_epsilon("GradNormControl")),
+    ),
+    Row(
+        "AdaptiveGradNormControl",
+        opt.AdaptiveGradNormControl,
+        (opt.AdaptiveGradNormControl(), opt.AdaptiveGradNormControl(0.5, 1e-3, 0.0, 0.5, False)),
+        complex=False,
+        law="measured",
+        like_x=False,
+        bad=(*bad_positive("AdaptiveGradNormControl", "tau"), *bad_fraction("AdaptiveGradNormControl", "momentum")),
+    ),
+    Row(
         "ClipGrad > SignDecay > WeightDecay > AdamW",
         opt.OptimiserChain,
         (opt.OptimiserChain(opt.ClipGrad(0.5), opt.SignDecay(), opt.WeightDecay(0.01), opt.AdamW(0.01, lambda_=0.1)),),
@@ -397,6 +499,13 @@ ROWS = (
         opt.MixedPrecision,
         (opt.MixedPrecision(opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(0.01, lambda_=0.1)), "float64"),),
         law="measured",
+    ),
+    Row(
+        "SkipNonFinite > Adam",
+        opt.OptimiserChain,
+        (opt.OptimiserChain(opt.SkipNonFinite(), opt.Adam(0.1)),),
+        law="measured",
+        host_counter=True,
     ),
     Row("a user's rule", SignedRoot, (SignedRoot(), SignedRoot(0.5)), law="none", bad=bad_eta("SignedRoot")),
     Row("a user's stackable rule", Centred, (Centred(),), law="stackable", min_ndim=1, stacked=lambda rule: rule),

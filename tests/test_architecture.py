@@ -17,6 +17,7 @@ from table import ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "optimisers"
 PARTS = ("errors", "arrays", "rules", "tree", "engine", "setup_api", "interop")
+FACES = {"torch", "optax"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))
 # Registering the state with torch's pytree happens where the state is, once torch is loaded.
 TORCH_ELSEWHERE = {("tree/state.py", "torch.utils")}
@@ -29,7 +30,7 @@ def name_of(path):
 def part_of(path):
     """The part of the house a module belongs to, None for the package's own ``__init__``."""
     first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    return None if first == "__init__" else first
+    return None if first == "__init__" else "interop" if first in FACES else first
 
 
 def imports(path):

@@ -1,5 +1,6 @@
 """The documentation runs, and it is complete."""
 
+import importlib
 import inspect
 import re
 import sys
@@ -15,6 +16,7 @@ from optimisers import errors
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PUBLIC = [name for name in opt.__all__ if not name.startswith("__")]
+BESIDE = [f"{face}.{name}" for face in ("torch", "optax") for name in importlib.import_module(f"optimisers.{face}").__all__]
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -71,7 +73,11 @@ def referenced():
 
 
 def test_api_page_names_only_what_is_public():
-    assert referenced() - set(PUBLIC) <= {"errors"}
+    assert referenced() - set(PUBLIC) <= {"errors", *BESIDE}
+
+
+def test_api_page_names_all_that_stands_beside():
+    assert set(BESIDE) <= referenced()
 
 
 def test_errors_page_lists_every_error():

@@ -256,6 +256,24 @@ def test_destructure_round_trip(lib, plan):
                 assert new is old
 
 
+@pytest.mark.parametrize("placed", [None, 0, "text", object()], ids=["None", "number", "text", "object"])
+def test_a_state_keeps_its_leaves_whatever_a_pytree_map_makes_of_them(placed):
+    state = opt.setup(opt.AdamW(eta=torch.tensor(0.1)), {"w": torch.ones(2), "b": torch.ones(3)})
+    leaves, spec = _pytree.tree_flatten(state)
+    assert len(leaves) == 9  # m, v and two powers of each, and the learning rate
+    again, spec = _pytree.tree_flatten(_pytree.tree_unflatten([placed] * 9, spec))
+    assert len(again) == 9
+    assert placed == 0 or all(leaf is placed for leaf in again)  # a number in the place of a state is shown as a tensor
+    assert _pytree.tree_unflatten(leaves, spec) == state
+
+
+def test_states_may_be_set_up_under_vmap_each_with_its_learning_rate():
+    etas = torch.tensor([0.1, 0.2])
+    states = torch.func.vmap(lambda eta, w: opt.setup(opt.Descent(eta), {"w": w}))(etas, torch.ones(2, 3))
+    _, stepped = torch.func.vmap(opt.update)(states, {"w": torch.ones(2, 3)}, {"w": torch.ones(2, 3)})
+    assert torch.equal(stepped["w"], (1 - etas)[:, None].expand(2, 3))
+
+
 @LIBRARIES
 @SETTINGS
 @given(plan=plans, rule=st.sampled_from(RULES))

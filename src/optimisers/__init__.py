@@ -3,15 +3,23 @@
 ``state = setup(rule, model)``, ``state, model = update(state, model, grads)``, ``state = adjust(state, eta)``.
 """
 
-from typing import TYPE_CHECKING
-
 from .errors import *
+from .interop.checkpoint import load as load
+from .interop.checkpoint import save as save
 from .rules import *
 from .setup_api.adjust import adjust as adjust
+from .setup_api.averaged import averaged as averaged
+from .setup_api.extend import extend as extend
 from .setup_api.freeze import freeze as freeze
 from .setup_api.freeze import thaw as thaw
+from .setup_api.hyper import hyper as hyper
+from .setup_api.metrics import Metrics as Metrics
+from .setup_api.metrics import metrics as metrics
 from .setup_api.route import Route as Route
 from .setup_api.setup import setup as setup
+from .setup_api.skipped import skipped as skipped
+from .setup_api.summary import summary as summary
+from .setup_api.to import to as to
 from .setup_api.update import update as update
 from .setup_api.update import update_ as update_
 from .tree.destructure import destructure as destructure
@@ -22,5 +30,5 @@ from .tree.state import StateTree as StateTree
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # type checkers read the imports above, and cannot evaluate this
-    __all__ = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]
+# Not an assignment, since type checkers and documentation tools read the imports above but cannot evaluate this.
+globals()["__all__"] = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]

@@ -1,4 +1,4 @@
-"""Every error this library raises on purpose derives from :class:`OptimisersError`.
+"""Every error this library raises on purpose derives from `OptimisersError`.
 
 Each message says what went wrong, where (the parameter's path, or the field of a rule), what was expected, and what to do.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 
 class OptimisersError(Exception):
@@ -70,6 +69,14 @@ class ArgumentError(OptimisersError, TypeError):
     """An argument is of the wrong kind, for example a model where a state is expected."""
 
 
+class CheckpointError(OptimisersError, ValueError):
+    """A checkpoint is damaged, does not fit what it is loaded into, or holds what a file cannot say."""
+
+
+class MissingPackageError(OptimisersError, ImportError):
+    """A part of the library needs a package that is not installed."""
+
+
 def described(value: object) -> str:
     """A value that is of the wrong kind, for a message: ``"None"``, ``"a dict"``, ``"the class Adam"``."""
     if value is None or isinstance(value, bool):
@@ -103,5 +110,7 @@ def locating(path: str, doing: str = "") -> Iterator[None]:
         raise
 
 
-if not TYPE_CHECKING:  # type checkers read the classes above, and cannot evaluate this
-    __all__ = [name for name, value in vars().items() if isinstance(value, type) and issubclass(value, OptimisersError)]
+# Not an assignment, since type checkers and documentation tools read the imports above but cannot evaluate this.
+globals()["__all__"] = [
+    name for name, value in vars().items() if isinstance(value, type) and issubclass(value, OptimisersError)
+]

@@ -254,6 +254,13 @@ def norm(x: Array, p: float = 2.0) -> Array:
     return total ** (1 / p) * safe
 
 
+def count_nonfinite(x: Array) -> Array:
+    """The number of infinite and NaN elements, 0-d."""
+    if isinstance(x, np.ndarray):
+        return np.count_nonzero(~np.isfinite(x))
+    return sys.modules["torch"].count_nonzero(x - x)  # 0 or NaN; several times faster than isfinite on a CPU
+
+
 def stack(values: Sequence[Array]) -> Array:
     """0-d numbers as one vector, a tensor if one of them is a tensor."""
     first = next((value for value in values if kind(value) == "torch"), None)
@@ -339,6 +346,17 @@ def host_int(value: Array, what: str) -> int:
         msg = (
             f"{what} decides from a step counter on the host, which cannot be read inside torch.func.vmap or torch.compile; "
             f"call update outside the transform, or use a rule without {what}"
+        )
+        raise RuleError(msg)
+    return int(value)
+
+
+def read_int(value: Array, what: str) -> int:
+    """A number as a Python int, at the cost of a synchronisation. Inside transforms and traces it cannot be: RuleError."""
+    if not can_read(value):
+        msg = (
+            f"{what} decides on the host whether to step, from the values of the gradients, which cannot be read inside "
+            f"torch.func transforms or torch.compile; call update outside of them, or use a rule without {what}"
         )
         raise RuleError(msg)
     return int(value)
@@ -451,27 +469,52 @@ def _mixed(z: Array) -> Array:
     return z ^ _shifted(z, 31)
 
 
-def normal(key: Any, counter: Any, shape: tuple[int, ...], like: Array) -> Array:
-    """Independent standard normal float64 numbers, a pure function of (key, counter): the same on every device.
+def random_bits(key: Any, counter: Any, count: int, like: Array) -> Array:
+    """So many random 64-bit numbers as an int64 vector, a pure function of (key, counter): the same on every device.
 
-    key, counter: 64-bit ints, or 0-d int64 arrays. The result lies on the device of ``like``.
+    Args:
+        key: 64-bit ints, or 0-d int64 arrays. The result lies on the device of ``like``.
+        counter: 64-bit ints, or 0-d int64 arrays. The result lies on the device of ``like``.
+
     """
-    count = math.prod(shape)
-    half = (count + 1) // 2
     if isinstance(like, np.ndarray):
-        xp: Any = np
-        index = np.arange(half, dtype=np.int64)
+        index = np.arange(count, dtype=np.int64)
         seed, step = np.full((1,), key, np.int64), np.full((1,), counter, np.int64)
     else:
-        xp = sys.modules["torch"]
-        index = xp.arange(half, dtype=xp.int64, device=like.device)
-        seed, step = (xp.as_tensor(v, dtype=xp.int64, device=like.device).reshape(1) for v in (key, counter))
+        torch = sys.modules["torch"]
+        index = torch.arange(count, dtype=torch.int64, device=like.device)
+        seed, step = (torch.as_tensor(v, dtype=torch.int64, device=like.device).reshape(1) for v in (key, counter))
     with np.errstate(over="ignore"):
         start = _mixed(seed ^ _mixed((step + 1) * _GAMMA))
-        bits = _mixed(start + index * _GAMMA)
+        return _mixed(start + index * _GAMMA)
+
+
+def normal(key: Any, counter: Any, shape: tuple[int, ...], like: Array) -> Array:
+    """Independent standard normal float64 numbers, a pure function of (key, counter) as `random_bits`."""
+    count = math.prod(shape)
+    xp: Any = namespace(like)
+    bits = random_bits(key, counter, (count + 1) // 2, like)
     # One 64-bit number makes two uniform ones, and by Box and Muller's method two normal ones.
     high, low = (cast_to(part, "float64") for part in (_shifted(bits, 32), bits & 0xFFFFFFFF))
     radius = xp.sqrt(-2 * xp.log((high + 0.5) / 2.0**32))
     angle = low * (2 * math.pi / 2.0**32)
     both = concatenate([radius * xp.cos(angle), radius * xp.sin(angle)], axis=0)
     return both[:count].reshape(shape)
+
+
+def rounded_at_random(x: Array, key: Any, counter: Any) -> Array:
+    """A float32 tensor rounded to one of the two nearest bfloat16 numbers at random, the mean being x; still float32.
+
+    The random numbers are a pure function of (key, counter) and an element's place. Infinity and NaN are kept. The
+    derivative is that of x.
+    """
+    torch = sys.modules["torch"]
+    count = math.prod(x.shape)
+    noise = random_bits(key, counter, (count + 3) // 4, x).view(torch.int16)[:count].reshape(x.shape)
+    start = x.detach()
+    # bfloat16 is the upper half of float32: a number below 2**16 added to the lower half carries with its probability.
+    rounded = ((start.view(torch.int32) + 0x8000 + noise) & -0x10000).view(torch.float32)
+    finite = start - start == 0
+    if is_concrete(x):
+        return torch.where(finite, rounded, x)
+    return x + torch.where(finite, rounded - start, 0)

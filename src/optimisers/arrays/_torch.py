@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def is_transformed(x: torch.Tensor) -> bool:
     """Whether x is seen from inside a ``torch.func`` transform (vmap, grad, jvp)."""
+    if torch.compiler.is_compiling():  # the tracer runs transforms itself, and shows plain tensors
+        return False
     return bool(_functorch.is_functorch_wrapped_tensor(x))
 
 
@@ -23,7 +25,9 @@ def is_concrete(x: torch.Tensor) -> bool:
 
 def can_read(x: torch.Tensor) -> bool:
     """Whether ``x.item()`` would give x's value."""
-    return not (torch.compiler.is_compiling() or is_transformed(x) or isinstance(x, FakeTensor) or x.device.type == "meta")
+    if torch.compiler.is_compiling():
+        return False
+    return not (is_transformed(x) or isinstance(x, FakeTensor) or x.device.type == "meta")
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -48,13 +52,9 @@ def scalar(value: float) -> torch.Tensor:
 
 def memory_of(x: torch.Tensor) -> tuple[Any, int] | None:
     """(owner of the memory, address of the first element), or None where tensors have no address."""
-    if (
-        is_transformed(x)
-        or isinstance(x, FakeTensor)
-        or x.is_meta
-        or x.layout != torch.strided
-        or torch.compiler.is_compiling()
-    ):
+    if torch.compiler.is_compiling():
+        return None
+    if is_transformed(x) or isinstance(x, FakeTensor) or x.is_meta or x.layout != torch.strided:
         return None
     return str(x.device), x.data_ptr()
 

@@ -40,8 +40,10 @@ def step(jobs: Sequence[Job]) -> list[Outcome]:
     Raises NonFiniteError, naming the arrays, if a rule that checks its measure finds a fault (one synchronisation for
     all of them), and RuleError if a rule returns what it must not.
     """
-    with np.errstate(all="ignore"):  # overflow and division by zero give inf and NaN, as in torch
-        return _Run(jobs).outcomes()
+    if any(isinstance(job.x, np.ndarray) for job in jobs):
+        with np.errstate(all="ignore"):  # overflow and division by zero give inf and NaN, as in torch
+            return _Run(jobs).outcomes()
+    return _Run(jobs).outcomes()
 
 
 class _Run:
@@ -100,7 +102,7 @@ class _Run:
     def _check(self) -> None:
         checks = [(i, r) for i, r in self.checks if all(can_read(value) for value in r.value)]
         faults = []
-        for (i, request), values in zip(checks, _read([r.value for _, r in checks]), strict=True):
+        for (i, request), values in zip(checks, read_all([r.value for _, r in checks]), strict=True):
             fault = request.rule.fault(values)
             if fault is not None:
                 faults.append(f"{type(request.rule).__name__} at {self.jobs[i].path!r}: {fault}")
@@ -127,7 +129,7 @@ def _beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
     return tuple(v.to(x.device) if kind(v) == "torch" else v for v in measure)
 
 
-def _read(measures: Sequence[tuple[Any, ...]]) -> list[tuple[float, ...]]:
+def read_all(measures: Sequence[tuple[Any, ...]]) -> list[tuple[float, ...]]:
     """The measures as Python floats, with one synchronisation for each device."""
     by_device: defaultdict[Any, list[Any]] = defaultdict(list)
     for value in (value for measure in measures for value in measure):

@@ -1,7 +1,5 @@
 """The rules: one algorithm a file, one line here."""
 
-from typing import TYPE_CHECKING
-
 from ._base import AbstractRule as AbstractRule
 from ._base import MeasuredRule as MeasuredRule
 from .accumgrad import AccumGrad as AccumGrad
@@ -14,6 +12,7 @@ from .adamw import AdamW as AdamW
 from .adaptivegradnormcontrol import AdaptiveGradNormControl as AdaptiveGradNormControl
 from .amsgrad import AMSGrad as AMSGrad
 from .apollo import Apollo as Apollo
+from .averaged import Averaged as Averaged
 from .chain import OptimiserChain as OptimiserChain
 from .clipglobalnorm import ClipGlobalNorm as ClipGlobalNorm
 from .clipgrad import ClipGrad as ClipGrad
@@ -36,7 +35,9 @@ from .rmsprop import RMSProp as RMSProp
 from .rprop import Rprop as Rprop
 from .scheduled import Scheduled as Scheduled
 from .signdecay import SignDecay as SignDecay
+from .skipnonfinite import SkipNonFinite as SkipNonFinite
+from .stochasticrounding import StochasticRounding as StochasticRounding
 from .weightdecay import WeightDecay as WeightDecay
 
-if not TYPE_CHECKING:  # type checkers read the imports above, and cannot evaluate this
-    __all__ = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]
+# Not an assignment, since type checkers and documentation tools read the imports above but cannot evaluate this.
+globals()["__all__"] = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]

@@ -26,6 +26,11 @@ class Assign(NamedTuple):
     value: Any
 
 
+def stepped(x: Array, step: Any) -> Array:
+    """What x becomes by a step, in the precision in which the two come."""
+    return step.value if isinstance(step, Assign) else x - step
+
+
 class Measurement(NamedTuple):
     """What a rule asks the engine for in the middle of a step: its measure, combined over the leaves of its scope."""
 
@@ -47,7 +52,7 @@ class AbstractRule(ABC):
 
     * ``"elementwise"``: ``apply`` on a concatenation of arrays must be the concatenation of the ``apply``\\ s;
     * ``"stackable"``: ``stacked().apply`` on a stack of equal-shaped arrays must be the stack of the ``apply``\ s;
-    * ``"measured"``: a few numbers are measured first (see :class:`MeasuredRule`), and the rest is elementwise;
+    * ``"measured"``: a few numbers are measured first (see `MeasuredRule`), and the rest is elementwise;
     * ``"none"`` (the default): nothing is promised, and each array is stepped on its own.
     """
 
@@ -56,6 +61,9 @@ class AbstractRule(ABC):
 
     structural: ClassVar[tuple[str, ...]] = ()
     """Fields that fix the shape or meaning of the state, so that ``adjust`` must not change them."""
+
+    final: ClassVar[bool] = False
+    """Whether it needs to know the new value of the array, so that in a chain it must be the last member."""
 
     opaque: ClassVar[tuple[str, ...]] = ()
     """Fields holding rules that ``adjust`` by field name reaches only with ``rule=``."""
@@ -86,7 +94,7 @@ class AbstractRule(ABC):
         return self._with_children(lambda child: child.resolved(x, path))
 
     def unresolved(self) -> Self:
-        """The rule as it was written, before :meth:`resolved`."""
+        """The rule as it was written, before `resolved`."""
         return self._with_children(lambda child: child.unresolved())
 
     def stacked(self) -> Self:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from ..arrays import HALF, Array, as_array, cast_to, dtype_name, is_number, kind, working_dtype
 from ._base import AbstractRule, Stages, State, children, with_child
+
+T = TypeVar("T")
 
 _NUMBERS = (float, int)
 
@@ -30,6 +32,17 @@ def state_leaves(state: State) -> list[Any]:
     leaves: list[Any] = []
     _gather(state, leaves)
     return leaves
+
+
+def find_state(state: State, kind_of: type[T]) -> T | None:
+    """The outermost part of a state that is of this type, such as the named tuple of one rule; None if there is none."""
+    if isinstance(state, kind_of):
+        return state
+    if isinstance(state, (tuple, list, dict)):
+        for item in state.values() if isinstance(state, dict) else state:
+            if (found := find_state(item, kind_of)) is not None:
+                return found
+    return None
 
 
 def _gather(state: State, leaves: list[Any]) -> None:

@@ -13,7 +13,9 @@ from ._fields import Interval, bounded
 class AccumGrad(AbstractRule):
     """Gathers the mean of n gradients; the members of the chain behind it run, and the parameter moves, every n-th time.
 
-    n: number of gradients to a step, >= 1.
+    Args:
+        n: number of gradients to a step, >= 1.
+
     State: (mean so far, of x's shape; number of the coming gradient, 1 to n). On the steps between, ``apply`` returns no
     step, and later members of the chain keep their state. The number is read on the host, so AccumGrad does not work
     inside torch.func.vmap and torch.compile.

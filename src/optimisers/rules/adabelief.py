@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class AdaBelief(AbstractRule):
     """Adam that divides by the root of the running squared distance between gradient and mean.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the squared distance at every step, and to the root, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the squared distance at every step, and to the root, >= 0.
+
     State: (m, s, (b1**t, b2**t)); m and s have x's shape.
     """
 

@@ -13,8 +13,10 @@ from ._base import AbstractRule, State
 class AdaDelta(AbstractRule):
     """Steps in the parameter's own units: the running size of steps over the running size of gradients.
 
-    rho: decay of both running averages, in [0, 1).
-    epsilon: added under both roots, >= 0; it also sets the size of the first steps.
+    Args:
+        rho: decay of both running averages, in [0, 1).
+        epsilon: added under both roots, >= 0; it also sets the size of the first steps.
+
     State: (mean of abs(dx)**2, mean of abs(step)**2), of x's shape. There is no learning rate.
     """
 

@@ -13,8 +13,10 @@ from ._base import AbstractRule, State
 class AdaGrad(AbstractRule):
     """Gradients divided by the root of the sum of all their squares so far.
 
-    eta: learning rate, >= 0.
-    epsilon: added to the root, and the first value of the sum, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        epsilon: added to the root, and the first value of the sum, >= 0.
+
     State: the sum of squares, of x's shape.
     """
 

@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class Adam(AbstractRule):
     """Gradients' running mean over the root of their running square, both corrected for their start at zero.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the root, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the root, >= 0.
+
     State: (m, v, (b1**t, b2**t)); m and v have x's shape, v is real; t is the number of the coming step.
     """
 

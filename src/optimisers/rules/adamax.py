@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class AdaMax(AbstractRule):
     """Adam with a decaying maximum in the place of the root mean square.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the maximum, in [0, 1).
-    epsilon: added to the maximum, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the maximum, in [0, 1).
+        epsilon: added to the maximum, >= 0.
+
     State: (m, u, (b1**t, b2**t)); m and u have x's shape. Complex arrays are refused.
     """
 

@@ -13,12 +13,14 @@ from ._base import AbstractRule, State
 class AdamW(AbstractRule):
     """Adam with weight decay that does not pass through the running averages.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    lambda_: weight decay, >= 0.
-    epsilon: added to the root, >= 0.
-    couple: True multiplies the decay by eta, ``x <- x - eta * (adam + lambda_ * x)``, as torch.optim.AdamW does; False
-        leaves it, ``x <- x - eta * adam - lambda_ * x``, as the paper's decoupled form with a constant schedule.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        lambda_: weight decay, >= 0.
+        epsilon: added to the root, >= 0.
+        couple: True multiplies the decay by eta, ``x <- x - eta * (adam + lambda_ * x)``, as torch.optim.AdamW does; False
+            leaves it, ``x <- x - eta * adam - lambda_ * x``, as the paper's decoupled form with a constant schedule.
+
     State: (m, v, (b1**t, b2**t)), as Adam's.
     """
 

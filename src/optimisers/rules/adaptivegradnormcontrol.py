@@ -14,11 +14,13 @@ from ._norm import NormRule
 class AdaptiveGradNormControl(NormRule):
     """Scales a gradient down to ``mean + tau * deviation`` of the norms let through so far, where its norm is larger.
 
-    tau: deviations above the mean, > 0.
-    epsilon: added to the norm in the denominator, >= 0.
-    lb: norms below ``lb * sqrt(number of elements)`` are never scaled, >= 0.
-    momentum: decay of mean and deviation, in [0, 1).
-    throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN.
+    Args:
+        tau: deviations above the mean, > 0.
+        epsilon: added to the norm in the denominator, >= 0.
+        lb: norms below ``lb * sqrt(number of elements)`` are never scaled, >= 0.
+        momentum: decay of mean and deviation, in [0, 1).
+        throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN.
+
     State: (mean, deviation, (sum of norms before, sum of norms after)), all 0-d. Complex arrays are refused.
     """
 

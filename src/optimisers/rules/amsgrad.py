@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class AMSGrad(AbstractRule):
     """Adam with the largest running square so far in the place of the present one, and no correction of the start.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the root, and the first value of all three averages, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the root, and the first value of all three averages, >= 0.
+
     State: (m, v, largest v), of x's shape. Complex arrays are refused.
     """
 

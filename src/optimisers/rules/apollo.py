@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from ..arrays import Array, abs2, cast_to, dtype_name, kind, matmul, normal, real_dtype, sqrt, sum_over, zeros
 from ..errors import HyperParameterError, RuleError
 from ._base import AbstractRule, CompositeRule, Stages, State
 from ._fields import POSITIVE, Choice, Interval, bounded
+from ._seeds import stream_key
 from .adamw import AdamW
 
 
@@ -23,16 +23,18 @@ class Apollo(CompositeRule):
     The projected gradient ``R = P dx`` is stepped by Adam to ``R'``; each channel of dx (or the whole of it) is scaled by
     ``norm(R') / norm(R)``. P is random, made anew every u steps from (key, refresh index), and not stored.
 
-    opt: an :class:`AdamW` (its eta, beta, epsilon, lambda_ and couple), which also steps vectors; or a learning rate.
-    rank: rows of P: a number, a function of the longer side, or None for ceil(sqrt(longer side)). Capped at the side that
-        is projected.
-    u: steps between refreshes, >= 1; the first is at step u. Moments are kept across it.
-    sort_dims: project the shorter side; False projects the first.
-    scale: the scaled gradient is multiplied by its square root, > 0.
-    mode: ``"channel"``, one factor for each index of the side that is not projected; or ``"tensor"``, one for all.
-    seed: with the parameter's path it makes the key.
-    projection: callable ``(shape, refresh) -> array`` of shape (rank, projected side) in the place of the Gaussian with
-        variance 1 / rank.
+    Args:
+        opt: an `AdamW` (its eta, beta, epsilon, lambda_ and couple), which also steps vectors; or a learning rate.
+        rank: rows of P: a number, a function of the longer side, or None for ceil(sqrt(longer side)). Capped at the side that
+            is projected.
+        u: steps between refreshes, >= 1; the first is at step u. Moments are kept across it.
+        sort_dims: project the shorter side; False projects the first.
+        scale: the scaled gradient is multiplied by its square root, > 0.
+        mode: ``"channel"``, one factor for each index of the side that is not projected; or ``"tensor"``, one for all.
+        seed: with the parameter's path it makes the key.
+        projection: callable ``(shape, refresh) -> array`` of shape (rank, projected side) in the place of the Gaussian with
+            variance 1 / rank.
+
     State: ((m, v, (b1**t, b2**t)), t, key), m and v of shape (rank, longer side); for vectors the state of opt. Trailing
     dimensions are flattened: a convolution is an (out, in * height * width) matrix.
     """
@@ -71,8 +73,7 @@ class Apollo(CompositeRule):
         return cls(opt, **{"rank": 1, "mode": "tensor", "scale": 128.0, **fields})
 
     def resolved(self, x: Array, path: str) -> Apollo:
-        digest = blake2b(f"{self.seed}:{path}".encode(), digest_size=8).digest()
-        return self.replace(_key=int.from_bytes(digest, "big", signed=True))
+        return self.replace(_key=stream_key(f"{self.seed}:{path}"))
 
     def unresolved(self) -> Apollo:
         return self.replace(_key=None)
@@ -95,7 +96,7 @@ class Apollo(CompositeRule):
         (m, v, (b1t, b2t)), t, key = state
         b1, b2 = opt.beta
         side, _, rank = self._sides(x)
-        matrix = dx.reshape((dx.shape[0], -1))
+        matrix = dx.reshape((dx.shape[0], math.prod(dx.shape[1:])))
         swapped = side != 0
         if swapped:
             matrix = matrix.mT
@@ -123,7 +124,7 @@ class Apollo(CompositeRule):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 msg = f"Apollo: the rank function gave {rank!r} for a side of {other}; it must give a whole number >= 1"
                 raise HyperParameterError(msg)
-        return int(swapped), other, min(rank, projected)
+        return int(swapped), other, max(1, min(rank, projected))
 
     def _projection(self, key: Any, refresh: Any, shape: tuple[int, int], like: Array) -> Array:
         """P of shape (rank, projected side), in the precision of the gradient."""

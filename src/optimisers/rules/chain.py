@@ -16,7 +16,9 @@ from .mixedprecision import MixedPrecision
 class OptimiserChain(CompositeRule):
     """Rules applied one after another, each to what the last one returned. An empty chain subtracts the gradient itself.
 
-    rules: the members, in order.
+    Args:
+        rules: the members, in order.
+
     State: the tuple of the members' states. If a member returns no step, later members do not run and keep their state.
     """
 
@@ -31,6 +33,13 @@ class OptimiserChain(CompositeRule):
                 msg = (
                     f"OptimiserChain: member {i}, {type(rule).__name__}, is or holds a MixedPrecision; put the chain inside "
                     "that: MixedPrecision(OptimiserChain(...))"
+                )
+                raise RuleError(msg)
+        for i, rule in enumerate(rules[:-1]):
+            if last := next((type(inner).__name__ for inner in walk(rule) if inner.final), None):
+                msg = (
+                    f"OptimiserChain: member {i}, {type(rule).__name__}, is or holds {last}, which goes by the new value of "
+                    f"the array and so must be the last member; or put the chain inside that: {last}(OptimiserChain(...))"
                 )
                 raise RuleError(msg)
         object.__setattr__(self, "rules", tuple(rules))

@@ -19,10 +19,12 @@ class ClipGlobalNorm(NormRule):
     The norm is taken over every array whose chain holds a ClipGlobalNorm of the same group, whatever else their chains
     hold. Arrays that are frozen or have no gradient in this step do not count; a tied array counts once.
 
-    omega: greatest norm, > 0.
-    p: order of the norm, > 0, inf included. All members of a group must have the same.
-    throw: raise NonFiniteError, naming the parameters, if a norm is infinite or NaN.
-    group: which arrays are measured together.
+    Args:
+        omega: greatest norm, > 0.
+        p: order of the norm, > 0, inf included. All members of a group must have the same.
+        throw: raise NonFiniteError, naming the parameters, if a norm is infinite or NaN.
+        group: which arrays are measured together.
+
     State: None.
     """
 

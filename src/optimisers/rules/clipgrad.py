@@ -13,7 +13,9 @@ from ._base import AbstractRule, State
 class ClipGrad(AbstractRule):
     """Limits every element of the gradient to [-delta, delta].
 
-    delta: bound, > 0.
+    Args:
+        delta: bound, > 0.
+
     State: None. Complex arrays are refused.
     """
 

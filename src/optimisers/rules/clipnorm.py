@@ -15,11 +15,13 @@ from ._norm import NormRule
 class ClipNorm(NormRule):
     """Scales the gradient of an array down to p-norm omega where it is longer.
 
-    omega: greatest norm, > 0.
-    p: order of the norm, any number, inf and -inf included; 0 counts the non-zero elements.
-    throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN. It costs one synchronisation a step
-        for the whole tree. Under torch.func transforms and in torch.compile it has no effect.
-    State: None. See :class:`ClipGlobalNorm` for one norm over many arrays.
+    Args:
+        omega: greatest norm, > 0.
+        p: order of the norm, any number, inf and -inf included; 0 counts the non-zero elements.
+        throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN. It costs one synchronisation a step
+            for the whole tree. Under torch.func transforms and in torch.compile it has no effect.
+
+    State: None. See `ClipGlobalNorm` for one norm over many arrays.
     """
 
     omega: Any = 10.0

@@ -13,7 +13,9 @@ from ._base import AbstractRule, State
 class Descent(AbstractRule):
     """Gradient descent: ``x <- x - eta * dx``.
 
-    eta: learning rate, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+
     State: None.
     """
 

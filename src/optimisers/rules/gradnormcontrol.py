@@ -15,7 +15,13 @@ from .normgrowthcap import growth_factor
 class GradNormControl(NormRule):
     """NormGrowthCap with running sums of the norms before and after, to see how much is taken away.
 
-    tau, epsilon, lb, throw, scale: as in :class:`NormGrowthCap`.
+    Args:
+        tau: as in `NormGrowthCap`.
+        epsilon: as in `NormGrowthCap`.
+        lb: as in `NormGrowthCap`.
+        throw: as in `NormGrowthCap`.
+        scale: as in `NormGrowthCap`.
+
     State: (norm let through last, (sum of norms before, sum of norms after)), all 0-d. Complex arrays are refused.
     """
 

@@ -13,8 +13,10 @@ from ._base import AbstractRule, State
 class Lion(AbstractRule):
     """The sign of a mixture of momentum and gradient: ``x <- x - eta * sign(b1 * m + (1 - b1) * dx)``.
 
-    eta: learning rate, >= 0; every element moves by just this much.
-    beta: (share of the momentum in the mixture, decay of the momentum), in [0, 1): ``m <- b2 * m + (1 - b2) * dx``.
+    Args:
+        eta: learning rate, >= 0; every element moves by just this much.
+        beta: (share of the momentum in the mixture, decay of the momentum), in [0, 1): ``m <- b2 * m + (1 - b2) * dx``.
+
     State: m, of x's shape.
     """
 

@@ -20,14 +20,16 @@ LAYOUTS = Choice(("out_in", "in_out"))
 class Orthogonalise(AbstractRule):
     """Replaces what comes by the nearest semi-orthogonal matrix, roughly, times a scale that depends on the shape.
 
-    ns: the iteration, a :class:`NewtonSchulz`.
-    scale: with (rows, columns) as (output, input) side: ``"jordan"`` sqrt(max(1, rows / columns)), ``"moonlight"``
-        0.2 sqrt(max(rows, columns)), ``"rms"`` sqrt(rows / columns), ``"none"`` 1.
-    layout: ``"out_in"`` as in torch.nn.Linear, or ``"in_out"`` for transposed layers: rows and columns change places in
-        scale and blocks.
-    blocks: so many equal blocks along the output axis (fused QKV), or a tuple of their sizes (grouped heads); each is
-        orthogonalised on its own and scaled by its own shape.
-    batch_dims: leading dimensions that only stack matrices (experts), >= 0.
+    Args:
+        ns: the iteration, a `NewtonSchulz`.
+        scale: with (rows, columns) as (output, input) side: ``"jordan"`` sqrt(max(1, rows / columns)), ``"moonlight"``
+            0.2 sqrt(max(rows, columns)), ``"rms"`` sqrt(rows / columns), ``"none"`` 1.
+        layout: ``"out_in"`` as in torch.nn.Linear, or ``"in_out"`` for transposed layers: rows and columns change places in
+            scale and blocks.
+        blocks: so many equal blocks along the output axis (fused QKV), or a tuple of their sizes (grouped heads); each is
+            orthogonalised on its own and scaled by its own shape.
+        batch_dims: leading dimensions that only stack matrices (experts), >= 0.
+
     State: None. Arrays have at least ``batch_dims + 2`` dimensions; further trailing ones are flattened, so that a
     convolution is an (out, in * height * width) matrix. Complex arrays are refused.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays import Array, as_dtype_name, cast_to, dtype_name, working_dtype
 from ..errors import HyperParameterError, RuleError, not_a_rule
 from ._adjust import with_eta
-from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, walk
+from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stepped, walk
 from ._precision import in_working_precision
 
 
@@ -16,8 +16,10 @@ from ._precision import in_working_precision
 class MixedPrecision(CompositeRule):
     """Steps a master copy of each array, kept in another dtype; the array itself becomes the rounded master.
 
-    rule: the rule for the master copy; its moments have the master's dtype.
-    dtype: dtype of the master, a name or a NumPy or torch dtype. A complex array has a complex master of that precision.
+    Args:
+        rule: the rule for the master copy; its moments have the master's dtype.
+        dtype: dtype of the master, a name or a NumPy or torch dtype. A complex array has a complex master of that precision.
+
     State: (master, or None for an array that has this dtype already; state of the rule).
     """
 
@@ -63,7 +65,7 @@ class MixedPrecision(CompositeRule):
         if step is None:
             return (master, inner), None
         precision = dtype_name(master)
-        master = cast_to(cast_to(master, working_dtype(precision)) - step, precision)
+        master = cast_to(stepped(cast_to(master, working_dtype(precision)), step), precision)
         return (master, inner), Assign(master)
 
 

@@ -13,8 +13,10 @@ from ._base import AbstractRule, State
 class Momentum(AbstractRule):
     """Gradient descent with heavy-ball momentum: ``m <- rho * m + eta * dx``, ``x <- x - m``.
 
-    eta: learning rate, >= 0. A change of eta acts on later gradients, not on the momentum gathered so far.
-    rho: momentum, in [0, 1).
+    Args:
+        eta: learning rate, >= 0. A change of eta acts on later gradients, not on the momentum gathered so far.
+        rho: momentum, in [0, 1).
+
     State: m, of x's shape.
     """
 

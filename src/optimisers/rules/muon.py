@@ -25,17 +25,22 @@ class Muon(CompositeRule):
 
     ``x <- x - eta * (scale * orthogonalise(u) + lambda_ * x)`` with u the (Nesterov) momentum.
 
-    opt: rule for arrays that are no matrices (all but one dimension of length 1), and where ``fallback`` is true.
-    eta: learning rate of the matrices, >= 0. ``adjust(state, eta)`` gives opt the learning rate that keeps the ratio the
-        two had at setup; ``adjust(state, eta=...)`` sets this one alone.
-    mu: momentum, in [0, 1).
-    lambda_: weight decay of the matrices, multiplied by eta (not by the scale), >= 0.
-    fallback: predicate on the array, asked once at setup: true sends it to opt.
-    ns: the iteration, a :class:`NewtonSchulz`.
-    momentum: ``"ema"`` m <- mu m + (1 - mu) dx; ``"ema_debiased"`` the same, corrected for its start at zero;
-        ``"classic"`` m <- mu m + dx.
-    nesterov: orthogonalise the momentum as it will be after the next gradient, if that is like this one.
-    scale, layout, blocks, batch_dims: as in :class:`Orthogonalise`.
+    Args:
+        opt: rule for arrays that are no matrices (all but one dimension of length 1), and where ``fallback`` is true.
+        eta: learning rate of the matrices, >= 0. ``adjust(state, eta)`` gives opt the learning rate that keeps the ratio the
+            two had at setup; ``adjust(state, eta=...)`` sets this one alone.
+        mu: momentum, in [0, 1).
+        lambda_: weight decay of the matrices, multiplied by eta (not by the scale), >= 0.
+        fallback: predicate on the array, asked once at setup: true sends it to opt.
+        ns: the iteration, a `NewtonSchulz`.
+        momentum: ``"ema"`` m <- mu m + (1 - mu) dx; ``"ema_debiased"`` the same, corrected for its start at zero;
+            ``"classic"`` m <- mu m + dx.
+        nesterov: orthogonalise the momentum as it will be after the next gradient, if that is like this one.
+        scale: as in `Orthogonalise`.
+        layout: as in `Orthogonalise`.
+        blocks: as in `Orthogonalise`.
+        batch_dims: as in `Orthogonalise`.
+
     State: m, of x's shape (with ``"ema_debiased"`` (m, mu**t)); for the other arrays the state of opt. Complex matrices are
     refused.
     """
@@ -105,7 +110,8 @@ class Muon(CompositeRule):
         if base.eta == 0:
             msg = "adjust: Muon's learning rate was 0 at setup, so there is no ratio to keep; use adjust(state, eta=...)"
             raise HyperParameterError(msg)
-        return self.replace(eta=eta, opt=scaled(self.opt, base.opt, eta / base.eta))
+        rule = self.replace(eta=eta)  # checks it first, for an error that names it
+        return rule.replace(opt=scaled(self.opt, base.opt, eta / base.eta))
 
     def _is_matrix(self, x: Array) -> bool:
         if self._matrix is not None:

@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class NAdam(AbstractRule):
     """Adam whose mean looks one step ahead, with a constant momentum (no momentum schedule).
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the root, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the root, >= 0.
+
     State: (m, v, (b1**t, b2**t)), as Adam's.
     """
 

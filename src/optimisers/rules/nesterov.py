@@ -15,8 +15,10 @@ class Nesterov(AbstractRule):
 
     ``v' = rho * v - eta * dx``, ``x <- x + rho * v' - eta * dx``.
 
-    eta: learning rate, >= 0.
-    rho: momentum, in [0, 1).
+    Args:
+        eta: learning rate, >= 0.
+        rho: momentum, in [0, 1).
+
     State: v, of x's shape.
     """
 

@@ -59,15 +59,18 @@ _GRAM_FROM, _GRAM_ASPECT = 64, 2.5
 class NewtonSchulz:
     """How a matrix is orthogonalised: ``X <- a X + b (X X^T) X + c (X X^T)^2 X``, from X divided by its Frobenius norm.
 
-    steps: number of steps, >= 1.
-    coefficients: ``"jordan"`` (any number of steps), ``"you"`` (five steps), ``"polar_express"`` (any number), or explicit
-        triples (a, b, c), one for each step, used as they are; ``steps`` then is their number.
-    epsilon: against division by zero, >= 0.
-    normaliser: ``"add"`` divides by norm + epsilon, ``"clamp"`` by max(norm, epsilon).
-    safety: factor >= 1 on the norm, against rounding that lifts a singular value above 1; ``"polar_express"`` then takes
-        its polynomials at ``x / safety``, all but the last of its table of eight. None: 1.01 for ``"polar_express"``, else 1.
-    dtype: dtype to compute in. None: bfloat16 for float32 and half precision where the device is quick at it, else the
-        array's own (float32 for half precision).
+    Args:
+        steps: number of steps, >= 1.
+        coefficients: ``"jordan"`` (any number of steps), ``"you"`` (five steps), ``"polar_express"`` (any number), or explicit
+            triples (a, b, c), one for each step, used as they are; ``steps`` then is their number.
+        epsilon: against division by zero, >= 0.
+        normaliser: ``"add"`` divides by norm + epsilon, ``"clamp"`` by max(norm, epsilon).
+        safety: factor >= 1 on the norm, against rounding that lifts a singular value above 1; ``"polar_express"`` then takes
+            its polynomials at ``x / safety``, all but the last of its table of eight. None: 1.01 for ``"polar_express"``,
+            else 1.
+        dtype: dtype to compute in. None: bfloat16 for float32 and half precision where the device is quick at it, else the
+            array's own (float32 for half precision).
+
     """
 
     steps: int = 5
@@ -135,10 +138,11 @@ def _refuse(name: str, value: Any, expected: str) -> None:
 def orthogonalise(x: Array, ns: NewtonSchulz = NewtonSchulz()) -> Array:
     """Each matrix of x with its singular values moved towards 1, its singular vectors kept.
 
-    x: real array of shape (..., rows, columns); leading dimensions stack matrices, each treated on its own. Zero matrices
-        stay zero. The result has x's shape and dtype.
-    ns: the iteration. Five steps take normalised singular values in [0.01, 1] to [0.68, 1.13] (``"jordan"``),
-        [0.98, 1.03] (``"you"``) or [0.87, 1.12] (``"polar_express"``).
+    Args:
+        x: real array of shape (..., rows, columns); leading dimensions stack matrices, each treated on its own. Zero matrices
+            stay zero. The result has x's shape and dtype.
+        ns: the iteration. Five steps take normalised singular values in [0.01, 1] to [0.68, 1.13] (``"jordan"``),
+            [0.98, 1.03] (``"you"``) or [0.87, 1.12] (``"polar_express"``).
 
     Differentiable over torch. Long matrices are iterated through their Gram matrix, which is algebraically the same.
     Raises ArgumentError for complex or integer arrays and for fewer than two dimensions.

@@ -16,11 +16,13 @@ class NormGrowthCap(NormRule):
 
     APOLLO (Zhu et al. 2024, https://arxiv.org/abs/2412.05270) uses it with tau 1.01, on the scaled gradient.
 
-    tau: greatest growth, > 0.
-    epsilon: added to the norms in the denominators, >= 0.
-    lb: norms below it are never scaled, so that no array is trapped near zero, >= 0.
-    throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN.
-    scale: multiply lb by the square root of the number of elements.
+    Args:
+        tau: greatest growth, > 0.
+        epsilon: added to the norms in the denominators, >= 0.
+        lb: norms below it are never scaled, so that no array is trapped near zero, >= 0.
+        throw: raise NonFiniteError, naming the parameter, if the norm is infinite or NaN.
+        scale: multiply lb by the square root of the number of elements.
+
     State: the norm that was let through last, 0-d. Complex arrays are refused.
     """
 

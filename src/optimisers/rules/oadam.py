@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class OAdam(AbstractRule):
     """Adam for games: twice the present Adam step, less the last one.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the root, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the root, >= 0.
+
     State: (m, v, (b1**t, b2**t), last Adam step); all but the powers have x's shape.
     """
 

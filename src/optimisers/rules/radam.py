@@ -13,9 +13,11 @@ from ._base import AbstractRule, State
 class RAdam(AbstractRule):
     """Adam whose adaptive step begins only once the variance of the running square is under control.
 
-    eta: learning rate, >= 0.
-    beta: decays of the running mean and of the running square, in [0, 1).
-    epsilon: added to the root, >= 0.
+    Args:
+        eta: learning rate, >= 0.
+        beta: decays of the running mean and of the running square, in [0, 1).
+        epsilon: added to the root, >= 0.
+
     State: (m, v, (b1**t, b2**t), t); m and v have x's shape.
     """
 

@@ -13,10 +13,12 @@ from ._base import AbstractRule, State
 class RMSProp(AbstractRule):
     """Gradients divided by a running root mean square; with ``centred``, by a running standard deviation.
 
-    eta: learning rate, >= 0.
-    rho: decay of the running averages, in [0, 1).
-    epsilon: added to the root, >= 0.
-    centred: subtract the square of the running mean. It fixes the state, so ``adjust`` cannot change it.
+    Args:
+        eta: learning rate, >= 0.
+        rho: decay of the running averages, in [0, 1).
+        epsilon: added to the root, >= 0.
+        centred: subtract the square of the running mean. It fixes the state, so ``adjust`` cannot change it.
+
     State: (mean of abs(dx)**2, mean of dx, or None if not centred), of x's shape.
     """
 

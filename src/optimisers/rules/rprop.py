@@ -14,9 +14,11 @@ from ._fields import Ordered, bounded
 class Rprop(AbstractRule):
     """Full-batch learning from the gradient's sign, with a step size for every element.
 
-    eta: first step size, >= 0. It acts at setup only, so ``adjust`` cannot change it.
-    ell: factors (down, up) for a changed and a kept sign, 0 < down < 1 < up.
-    gamma: least and greatest step size, 0 < low < high.
+    Args:
+        eta: first step size, >= 0. It acts at setup only, so ``adjust`` cannot change it.
+        ell: factors (down, up) for a changed and a kept sign, 0 < down < 1 < up.
+        gamma: least and greatest step size, 0 < low < high.
+
     State: (last gradient, step sizes), of x's shape. Complex arrays are refused.
     """
 

@@ -18,10 +18,12 @@ from ._fields import unknown_field
 class Scheduled(CompositeRule):
     """A rule some of whose fields follow a schedule: ``Scheduled(AdamW(), eta=cosine)``.
 
-    rule: the rule to schedule.
-    **fields: for each field a callable ``step -> value``. The step is a Python int from 0 on, counted for each array and
-        only when a step is taken. Values are checked as on construction. A scheduled ``eta`` acts like ``adjust(rule,
-        eta)``: it reaches every member of a chain and keeps the ratio of a rule that has two learning rates.
+    Args:
+        rule: the rule to schedule.
+        fields: for each field a callable ``step -> value``. The step is a Python int from 0 on, counted for each array and
+            only when a step is taken. Values are checked as on construction. A scheduled ``eta`` acts like ``adjust(rule,
+            eta)``: it reaches every member of a chain and keeps the ratio of a rule that has two learning rates.
+
     State: (number of steps taken, state of the rule). The number is read on the host, so Scheduled does not work inside
     torch.func.vmap and torch.compile. Callables have no ``repr`` to evaluate, so neither has the rule.
     """

@@ -13,7 +13,9 @@ from ._base import AbstractRule, State
 class SignDecay(AbstractRule):
     """Adds ``lambda_ * sign(x)`` to what comes: before a rule, L1 regularisation.
 
-    lambda_: strength, >= 0.
+    Args:
+        lambda_: strength, >= 0.
+
     State: None.
     """
 

@@ -13,7 +13,9 @@ from ._base import AbstractRule, State
 class WeightDecay(AbstractRule):
     """Adds ``lambda_ * x`` to what comes: before a rule, L2 regularisation; after one that ends in a step, plain decay.
 
-    lambda_: strength, >= 0.
+    Args:
+        lambda_: strength, >= 0.
+
     State: None.
     """
 

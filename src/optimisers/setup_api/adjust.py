@@ -31,8 +31,9 @@ def adjust(
     * ``adjust(state, times=0.3)``: every learning rate to 0.3 of the one given at setup, however often it was adjusted;
     * ``adjust(state, eta=1e-4, beta=(0.9, 0.95))``: fields by name, in every rule that has them, chains included.
 
-    where: parameters to act on: a glob on the path, the type of the owner, a predicate on :class:`Param`, or a tuple.
-    rule: type of rule to act on, wherever it stands (in chains, wrappers, ``Muon.opt``, ``Apollo.opt``).
+    Args:
+        where: parameters to act on: a glob on the path, the type of the owner, a predicate on `Param`, or a tuple.
+        rule: type of rule to act on, wherever it stands (in chains, wrappers, ``Muon.opt``, ``Apollo.opt``).
 
     Raises UnknownFieldError if no selected rule has the field; SelectionError if ``where`` or ``rule`` selects nothing;
     HyperParameterError for a value out of range, a field fixed at setup, or a scheduled field.

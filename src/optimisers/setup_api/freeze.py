@@ -13,15 +13,19 @@ from ..tree.state import StateTree, check_alive, rebuilt
 def freeze(state: StateTree, *, where: Any = None) -> StateTree:
     """The state with parameters frozen: updates pass them over, and their state stays as it is.
 
-    where: which ones, as in :func:`adjust` (all if not given). Raises SelectionError if it selects nothing.
+    Args:
+        where: which ones, as in `adjust` (all if not given). Raises SelectionError if it selects nothing.
+
     """
     return _with_frozen(state, where, "freeze", frozen=True)
 
 
 def thaw(state: StateTree, *, where: Any = None) -> StateTree:
-    """The reverse of :func:`freeze`. Parameters whose rule is None stay untrained.
+    """The reverse of `freeze`. Parameters whose rule is None stay untrained.
 
-    where: which ones, as in :func:`adjust` (all if not given). Raises SelectionError if it selects nothing that has a rule.
+    Args:
+        where: which ones, as in `adjust` (all if not given). Raises SelectionError if it selects nothing that has a rule.
+
     """
     return _with_frozen(state, where, "thaw", frozen=False)
 

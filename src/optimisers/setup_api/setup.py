@@ -28,12 +28,13 @@ def setup(
 ) -> StateTree:
     """The state of a rule over every trainable array of a model.
 
-    rule: a rule for all arrays; or a :class:`Route`; or a function ``Param -> rule``, called once for each distinct array,
-        None meaning "not trained".
-    model: a tree of NumPy arrays or torch tensors that optree understands, a bare array, or a ``torch.nn.Module``.
-    trainable: narrows what is trained, a predicate on :class:`Param`. Arrays are trainable if they are real or complex
-        floating point, and, where torch Parameters are present, have ``requires_grad``.
-    state_dtype: dtype of the moments (a name, or a NumPy or torch dtype); by default each array's own.
+    Args:
+        rule: a rule for all arrays; or a `Route`; or a function ``Param -> rule``, called once for each distinct array,
+            None meaning "not trained".
+        model: a tree of NumPy arrays or torch tensors that optree understands, a bare array, or a ``torch.nn.Module``.
+        trainable: narrows what is trained, a predicate on `Param`. Arrays are trainable if they are real or complex
+            floating point, and, where torch Parameters are present, have ``requires_grad``.
+        state_dtype: dtype of the moments (a name, or a NumPy or torch dtype); by default each array's own.
 
     Raises ModelError if nothing is trainable, or arrays are hidden where they would not be trained; TieError for arrays
     that overlap; SelectionError for patterns that match nothing; RuleError if ``rule`` is neither rule nor function, or
@@ -47,7 +48,7 @@ def setup(
     if isinstance(model, StateTree):
         msg = "setup: the model is a state tree; give the model itself"
         raise ArgumentError(msg)
-    dtype = _state_dtype(state_dtype)
+    dtype = moment_dtype(state_dtype)
     found = find(model, trainable)
     chooser = Chooser(rule)
     chosen = [chooser.choose(places) for places in found.params]
@@ -60,20 +61,34 @@ def setup(
     entries = []
     for slot, (own, reason) in zip(found.slots, chosen, strict=True):
         x = found.leaves[slot.places[0].leaf]
-        rule_here = None if own is None else _resolved(own, slot, x, shared)
-        state = None if rule_here is None else _initial(rule_here, slot, x, dtype)
-        entries.append(Entry(rule_here, rule_here, state, numbers_in(state), own is None, reason, lease))
-    _check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
+        entries.append(first_entry(own, reason, slot, x, dtype, shared, lease))
+    check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
     return StateTree(found.structure, found.slots, entries)
 
 
-def _state_dtype(state_dtype: Any) -> str | None:
-    if state_dtype is None:
+def first_entry(
+    rule: AbstractRule | None,
+    reason: str,
+    slot: Slot,
+    x: Any,
+    dtype: str | None,
+    shared: dict[AbstractRule, AbstractRule],
+    lease: Lease,
+) -> Entry:
+    """The entry of an array before its first step; ``shared`` gathers the rules, so that equal ones become one."""
+    here = None if rule is None else _resolved(rule, slot, x, shared)
+    state = None if here is None else initial_state(here, slot, x, dtype)
+    return Entry(here, here, state, numbers_in(state), rule is None, reason, lease)
+
+
+def moment_dtype(dtype: Any, where: str = "setup: state_dtype") -> str | None:
+    """The name of the dtype that moments are to have, None for each array's own; HyperParameterError if it is none."""
+    if dtype is None:
         return None
     try:
-        return as_dtype_name(state_dtype)
+        return as_dtype_name(dtype)
     except ValueError as error:
-        msg = f"setup: state_dtype must be a real floating dtype; {error}"
+        msg = f"{where} must be a real floating dtype; {error}"
         raise HyperParameterError(msg) from None
 
 
@@ -95,7 +110,7 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
     return shared.setdefault(here, here)
 
 
-def _initial(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
+def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     """The state of a rule for an array."""
     start = x.detach() if kind(x) == "torch" else x  # moments start outside any graph; a learned field enters it when applied
     with locating(slot.path):
@@ -106,7 +121,7 @@ def _initial(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     return map_state(lambda leaf: copied(leaf) if kind(leaf) and share_memory(leaf, x) else leaf, state)
 
 
-def _check_groups(rules: list[tuple[Slot, AbstractRule | None]]) -> None:
+def check_groups(rules: list[tuple[Slot, AbstractRule | None]]) -> None:
     """One norm needs one order: the members of a ClipGlobalNorm group must have the same p."""
     seen: dict[str, tuple[float, str]] = {}
     for slot, rule in rules:

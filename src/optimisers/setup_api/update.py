@@ -21,13 +21,14 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
 
     Used as ``state, model = update(state, model, grads)``.
 
-    state: what :func:`setup` returned for this model, or an earlier update.
-    model: a tree as at setup. A ``torch.nn.Module`` is an error, since its parameters cannot be exchanged purely: use
-        :func:`update_`, or its dict of parameters with ``torch.func.functional_call``.
-    grads: the model's structure; None for a leaf, a branch or the whole means no step there, and its state stays.
-    differentiable: keep the graph also through the parameters themselves, as first-order meta-learning needs. Without it
-        the outputs carry a graph exactly when grad mode is on and a gradient, a state array or a field requires grad;
-        otherwise new parameters are leaves that keep class and ``requires_grad``.
+    Args:
+        state: what `setup` returned for this model, or an earlier update.
+        model: a tree as at setup. A ``torch.nn.Module`` is an error, since its parameters cannot be exchanged purely: use
+            `update_`, or its dict of parameters with ``torch.func.functional_call``.
+        grads: the model's structure; None for a leaf, a branch or the whole means no step there, and its state stays.
+        differentiable: keep the graph also through the parameters themselves, as first-order meta-learning needs. Without it
+            the outputs carry a graph exactly when grad mode is on and a gradient, a state array or a field requires grad;
+            otherwise new parameters are leaves that keep class and ``requires_grad``.
 
     Raises StructureError and GradientError for gradients that do not fit, naming the path; NonFiniteError from rules with
     ``throw=True``; ConsumedStateError for a state that ``update_`` has used up.
@@ -39,30 +40,30 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
             "torch.func.functional_call(module, params, ...), and call update(state, params, grads)"
         )
         raise ArgumentError(msg)
-    work = _prepare(state, model, grads)
+    work = prepare(state, model, grads)
     outcomes, graph = _run(work, differentiable=differentiable)
     leaves = list(work.leaves)
     for i, outcome in outcomes.items():
         if outcome.x is not None:
             for place in state._slots[i].places:
                 value = permuted(outcome.x, place.permutation)
-                leaves[place.leaf] = _finished(value, leaves[place.leaf], graph=graph)
-            _retie(state._slots[i], leaves)
+                leaves[place.leaf] = finished(value, leaves[place.leaf], graph=graph)
+            retie(state._slots[i], leaves)
     new = _entries(state, outcomes, Lease(), consume=False)
     return rebuilt(state, new), state._structure.unflatten(model, leaves)
 
 
 def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree, Any]:
-    """One step in place: the same result as :func:`update`, re-using the memory of state and model.
+    """One step in place: the same result as `update`, re-using the memory of state and model.
 
     The state given is consumed, with every state that shares its arrays; go on with the one returned. Gradients are never
     written to. For a ``torch.nn.Module`` grads may be left out: the step then takes each parameter's ``.grad``. Carries no
-    graph. Raises as :func:`update` does, and then has changed nothing.
+    graph. Raises as `update` does, and then has changed nothing.
     """
     module = is_module(model)
-    work = _prepare(state, model, grads, from_module=grads is None and module)
+    work = prepare(state, model, grads, from_module=grads is None and module)
     _refuse_new_ties(work.jobs)
-    with _no_grad():
+    with no_grad():
         outcomes, _ = _run(work, differentiable=False)
         leaves = list(work.leaves)
         replaced = False
@@ -84,13 +85,15 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     return rebuilt(state, new), result
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
+    """What a step is about to do."""
+
     leaves: list[Any]
     jobs: dict[int, Job]
     """For each slot that is to be stepped."""
 
 
-def _prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False) -> _Work:
+def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False) -> Work:
     """The leaves of the model, and a job for every slot that has a gradient and is not frozen."""
     if not isinstance(state, StateTree):
         hint = "; the order is update(state, model, grads)" if isinstance(model, StateTree) else ""
@@ -101,18 +104,25 @@ def _prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fa
         raise ArgumentError(msg)
     check_alive(state)
     structure = state._structure
-    leaves = structure.flatten(model)
+    leaves = checked_leaves(state, model)
     given = [leaf.grad for leaf in leaves] if from_module else structure.align(model, grads)
     jobs: dict[int, Job] = {}
     for i, (slot, entry) in enumerate(zip(state._slots, state._entries, strict=True)):
-        x = leaves[slot.places[0].leaf]
-        _check_parameter(slot, x)
         if entry.frozen or entry.rule is None:
             continue
+        x = leaves[slot.places[0].leaf]
         dx = gradient_of(slot, x, given, structure.paths)
         if dx is not None:
             jobs[i] = Job(slot.path or "(the array)", entry.rule, host_state(entry), x, dx)
-    return _Work(leaves, jobs)
+    return Work(leaves, jobs)
+
+
+def checked_leaves(state: StateTree, model: Any) -> list[Any]:
+    """The leaves of a model; StructureError unless they are those that setup saw, as far as their description goes."""
+    leaves = state._structure.flatten(model)
+    for slot in state._slots:
+        _check_parameter(slot, leaves[slot.places[0].leaf])
+    return leaves
 
 
 def _check_parameter(slot: Slot, x: Any) -> None:
@@ -127,7 +137,7 @@ def _check_parameter(slot: Slot, x: Any) -> None:
     raise StructureError(msg)
 
 
-def _run(work: _Work, *, differentiable: bool) -> tuple[dict[int, Outcome], bool]:
+def _run(work: Work, *, differentiable: bool) -> tuple[dict[int, Outcome], bool]:
     """The outcomes of all jobs, and whether they carry a graph."""
     if torch_if_loaded() is None or not any(kind(job.x) == "torch" for job in work.jobs.values()):
         return dict(zip(work.jobs, step(list(work.jobs.values())), strict=True)), False
@@ -172,7 +182,8 @@ def _same_length(after: Any, entry: Entry) -> bool:
     return len(numbers_in(after)) == len(entry.numbers)
 
 
-def _finished(new: Any, old: Any, *, graph: bool) -> Any:
+def finished(new: Any, old: Any, *, graph: bool) -> Any:
+    """A new value as the model is to hold it: a leaf of old's class, if it carries no graph."""
     if graph or kind(new) != "torch":
         return new
     from ..engine.torch_graph import as_parameter
@@ -180,7 +191,7 @@ def _finished(new: Any, old: Any, *, graph: bool) -> Any:
     return as_parameter(new, old)
 
 
-def _retie(slot: Slot, leaves: list[Any]) -> None:
+def retie(slot: Slot, leaves: list[Any]) -> None:
     """Places that hold the array itself hold the same object again, as at setup."""
     first: dict[Any, Any] = {}
     for place in slot.places:
@@ -198,6 +209,7 @@ def _write(x: Any, value: Any) -> bool:
     return True
 
 
-def _no_grad() -> Any:
+def no_grad() -> Any:
+    """The context in which torch records nothing."""
     torch = torch_if_loaded()
     return nullcontext() if torch is None else torch.no_grad()

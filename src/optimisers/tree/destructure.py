@@ -16,7 +16,7 @@ from .leaves import Found, Slot, find
 def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     """All trainable arrays of a model as one vector, and the function that makes a model of such a vector.
 
-    ``flat`` is 1-d, row-major, in the order of :func:`trainables`, of the dtype to which all of them promote; a tied
+    ``flat`` is 1-d, row-major, in the order of `trainables`, of the dtype to which all of them promote; a tied
     array appears once. ``rebuild(flat)`` gives a model of the same structure with every array in its own shape and dtype,
     in memory of its own, ties kept and everything else as it was; for a ``torch.nn.Module``, a dict of named parameters
     as ``torch.func.functional_call`` takes it. Both directions are differentiable over torch.
@@ -91,7 +91,7 @@ def permuted(x: Any, permutation: tuple[int, ...] | None) -> Any:
 
 
 def unpermuted(x: Any, permutation: tuple[int, ...] | None) -> Any:
-    """The inverse of :func:`permuted`."""
+    """The inverse of `permuted`."""
     if permutation is None:
         return x
     inverse = tuple(permutation.index(axis) for axis in range(len(permutation)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..arrays import cast_to, dtype_name, is_complex, is_inexact, kind, working_dtype
 from ..errors import GradientError, StructureError, described
 from .destructure import permuted, unpermuted
@@ -24,6 +26,8 @@ def gradient_of(slot: Slot, x: Any, grads: Sequence[Any], paths: Sequence[str]) 
         if dx is None or any(dx is other for other in seen):
             continue
         seen.append(dx)
+        if isinstance(dx, np.generic) and isinstance(x, np.ndarray) and x.ndim == 0:
+            dx = np.asarray(dx)  # a 0-d gradient, as NumPy's own arithmetic makes it
         check_gradient(dx, permuted(x, place.permutation), paths[place.leaf])
         dx = unpermuted(dx, place.permutation)
         if total is None:

@@ -13,7 +13,7 @@ from ..arrays import dtype_name, is_inexact, is_number, kind, torch_if_loaded
 from ..errors import ModelError
 from .param import Param
 from .paths import shown
-from .structure import ModuleStructure, Structure, is_module, structure_of
+from .structure import ModuleStructure, Structure, is_module, named_parameters, structure_of
 from .ties import tied_groups
 
 _PLAIN = (
@@ -79,10 +79,11 @@ def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
     torch = torch_if_loaded()
     if torch is not None and any(isinstance(leaf, torch.nn.Parameter) for leaf in leaves):
         wanted = [i for i in wanted if kind(leaves[i]) != "torch" or leaves[i].requires_grad]
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[str, list[tuple[str, Any]]] = {}
     if isinstance(structure, ModuleStructure):
+        owner_of = {name: owner for name, _, owner in named_parameters(model)} if structure.aliases else {}
         for alias, name in structure.aliases:
-            aliases.setdefault(name, []).append(alias)
+            aliases.setdefault(name, []).append((alias, owner_of[alias]))
     slots, params = [], []
     for group in tied_groups([leaves[i] for i in wanted], [paths[i] for i in wanted]):
         places = tuple(Place(wanted[i], permutation) for i, permutation in group)
@@ -105,7 +106,7 @@ def _descriptions(
     paths: Sequence[str],
     structure: Structure,
     owners: list[Any],
-    aliases: dict[str, list[str]],
+    aliases: dict[str, list[tuple[str, Any]]],
 ) -> tuple[Param, ...]:
     """The array as seen from each of its places and aliases."""
     keys = structure.keys
@@ -113,7 +114,7 @@ def _descriptions(
     for place in places:
         i = place.leaf
         seen.append((paths[i], keys[i], leaves[i], owners[i]))
-        seen += [(name, tuple(name.split(".")), leaves[i], None) for name in aliases.get(paths[i], ())]
+        seen += [(name, tuple(name.split(".")), leaves[i], owner) for name, owner in aliases.get(paths[i], ())]
     names = [path for path, *_ in seen]
     result = []
     for path, key, array, owner in seen:

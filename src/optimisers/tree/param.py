@@ -13,13 +13,16 @@ from ..errors import ArgumentError
 class Param:
     """One distinct trainable array of a model, and where it stands.
 
-    path: where it stands, as a string such as ``"encoder.layers.0.attn.weight"``; a dot inside a key is escaped.
-    keys: the same as a tuple of dict keys, indices and attribute names.
-    shape, dtype: of the array.
-    array: the array itself (in ``setup`` only; a ``where=`` on a state has no arrays).
-    module: the ``nn.Module`` or container that holds it, or None for a bare array (in ``setup`` only).
-    owner: the type of that module or container, or None.
-    tied_paths: the other places where the same array stands.
+    Attributes:
+        path: where it stands, as a string such as ``"encoder.layers.0.attn.weight"``; a dot inside a key is escaped.
+        keys: the same as a tuple of dict keys, indices and attribute names.
+        shape: of the array.
+        dtype: of the array.
+        array: the array itself (in ``setup`` only; a ``where=`` on a state has no arrays).
+        module: the ``nn.Module`` or container that holds it, or None for a bare array (in ``setup`` only).
+        owner: the type of that module or container, or None.
+        tied_paths: the other places where the same array stands.
+
     """
 
     path: str

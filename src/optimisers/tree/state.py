@@ -37,9 +37,11 @@ class Lease:
 class Leaf:
     """What a state tree holds for one array.
 
-    rule: the rule that steps it, or None if it is not trained.
-    state: what the rule remembers; over torch, counters and powers are 0-d tensors.
-    frozen: whether updates pass it over.
+    Attributes:
+        rule: the rule that steps it, or None if it is not trained.
+        state: what the rule remembers; over torch, counters and powers are 0-d tensors.
+        frozen: whether updates pass it over.
+
     """
 
     rule: AbstractRule | None
@@ -76,10 +78,10 @@ class Entry:
 
 @final
 class StateTree:
-    """The state of a rule, or of many, over a model: what :func:`setup` returns.
+    """The state of a rule, or of many, over a model: what `setup` returns.
 
     Immutable. Indexed like the model: ``state["layers"][0]["weight"]``, attribute access for attribute-like nodes, dotted
-    names for modules, ``state[()]`` for the only leaf of a bare array; a leaf shows as :class:`Leaf`, an array that is not
+    names for modules, ``state[()]`` for the only leaf of a bare array; a leaf shows as `Leaf`, an array that is not
     trainable as None. ``==`` compares structure, rules, dtypes and bytes. ``print`` shows a table. It is a pytree for
     optree and for torch: its leaves are the arrays of the state, with counters as 0-d tensors over torch, and the fields
     of rules that are tensors; a tied array appears once.
@@ -301,6 +303,13 @@ class _Hole:
     index: int
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """Holds what a pytree map put in the place of an array where it would not be seen as a leaf: vmap puts None there."""
+
+    value: Any
+
+
 class _Static:
     """What a state tree is without its arrays: compared when two of them are mapped over together."""
 
@@ -326,7 +335,7 @@ def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
 
     def take(name: str) -> Any:
         def inner(leaf: Any) -> _Hole:
-            leaves.append(leaf)
+            leaves.append(leaf.value if isinstance(leaf, _Placed) else leaf)
             names.append(name)
             return _Hole(len(leaves) - 1)
 
@@ -350,7 +359,8 @@ def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
     rules: dict[int, AbstractRule | None] = {}
 
     def fill(hole: Any) -> Any:
-        return values[hole.index]
+        value = values[hole.index]
+        return _Placed(value) if value is None or isinstance(value, (tuple, list, dict)) else value
 
     entries = []
     for entry in static.entries:
@@ -364,11 +374,17 @@ def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
 
 
 def _map_tensors(rule: AbstractRule, f: Any) -> AbstractRule:
-    return _map_fields(rule, lambda value: f(value) if is_tensor(value) else value)
+    return _map_fields(rule, lambda value: f(value) if is_tensor(value) or isinstance(value, _Placed) else value)
 
 
 def _map_holes(rule: AbstractRule, f: Any) -> AbstractRule:
-    return _map_fields(rule, lambda value: f(value) if isinstance(value, _Hole) else value)
+    def filled(value: Any) -> Any:
+        if not isinstance(value, _Hole):
+            return value
+        value = f(value)
+        return value if is_tensor(value) or isinstance(value, _Placed) else _Placed(value)
+
+    return _map_fields(rule, filled)
 
 
 def _map_fields(rule: AbstractRule, f: Any) -> AbstractRule:

@@ -107,9 +107,9 @@ class ModuleStructure:
                 f"parameters, not {described(model)}"
             )
             raise ArgumentError(msg)
-        first = dict(self.aliases)
+        known = {*self.paths, *dict(self.aliases)}
         missing = [path for path in self.paths if path not in named]
-        extra = [name for name in named if name not in self.paths and name not in first]
+        extra = [name for name in named if name not in known]
         if missing or extra:
             parts = [f"lacks the parameter{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"] if missing else []
             parts += [f"has {', '.join(map(repr, extra))}, which setup did not see"] if extra else []
