@@ -28,7 +28,9 @@ class Given(NamedTuple):
 def given(params: Any, first: int = 0) -> Given:
     """The parameters as a model: a module, pairs of name and tensor, a dict of them, or tensors alone.
 
-    first: the number from which tensors without names are counted.
+    Args:
+        first: the number from which tensors without names are counted.
+
     Raises ArgumentError for anything else, ModelError for two parameters of one name and for none at all.
     """
     if isinstance(params, torch.nn.Module):

@@ -69,7 +69,7 @@ def described(value: Any, keep: Callable[[Any], str]) -> Any:
 
 
 def rebuilt(value: Any, tensor: Callable[[str], Any], like: Any, where: str) -> Any:
-    """What :func:`described` described; callables and foreign objects are those of ``like``, which may be NOTHING.
+    """What `described` described; callables and foreign objects are those of ``like``, which may be NOTHING.
 
     Raises CheckpointError naming the field: for what only ``like`` can supply, for unknown types, and for values that the
     rule itself refuses.

@@ -19,7 +19,7 @@ def state_dict(state: StateTree) -> dict[str, Any]:
     """The arrays of a state by name, ``"layer.weight:state.0"``, counters as 0-d arrays: nothing but a flat dict of arrays.
 
     Over torch ``torch.save`` writes it, and ``torch.load(weights_only=True)`` reads it. It holds no rules: to load it, set up a
-    state with the same rules, and give both to :func:`load_state_dict`. Arrays are shared with the state: write or copy them
+    state with the same rules, and give both to `load_state_dict`. Arrays are shared with the state: write or copy them
     before the next ``update_``.
     """
     if not isinstance(state, StateTree):
@@ -35,7 +35,7 @@ def state_dict(state: StateTree) -> dict[str, Any]:
 
 
 def load_state_dict(like: StateTree, arrays: Mapping[str, Any]) -> StateTree:
-    """The state ``like`` with the arrays that :func:`state_dict` gave: copied, onto like's devices.
+    """The state ``like`` with the arrays that `state_dict` gave: copied, onto like's devices.
 
     Raises CheckpointError with every missing, unexpected and mismatched name.
     """

@@ -61,9 +61,12 @@ def _number(value: Any, where: str, keep: Callable[[Any], str]) -> dict[str, str
 class Reader:
     """Puts stored states together, and sees to it that they fit.
 
-    tensors: by name, as read from the file.
-    array_kind, device: of the arrays to make, where what is expected does not say.
-    same_dtypes: whether moments must have the expected dtypes (else any of the same kind of number).
+    Attributes:
+        tensors: by name, as read from the file.
+        array_kind: of the arrays to make, where what is expected does not say.
+        device: of the arrays to make, where what is expected does not say.
+        same_dtypes: whether moments must have the expected dtypes (else any of the same kind of number).
+
     """
 
     def __init__(self, tensors: Mapping[str, Any], array_kind: str, device: Any, *, same_dtypes: bool) -> None:

@@ -45,7 +45,7 @@ def library() -> Any:
 
 
 def write(path: Path, tensors: Mapping[str, Any], text: str) -> None:
-    """Write tensors (as :func:`stored` gives them) and a text; a crash leaves the old file or the new one, whole.
+    """Write tensors (as `stored` gives them) and a text; a crash leaves the old file or the new one, whole.
 
     The bytes go to a new file in the same folder, are forced to the disk, and the file then takes the place of the old one.
     A process killed on the way leaves an unfinished ``.name.*.tmp``, which a later write to this path removes once nothing
@@ -137,7 +137,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, tensors by name) of a file that :func:`write` made; the tensors are torch's if torch is imported, else NumPy's.
+    """(text, tensors by name) of a file that `write` made; the tensors are torch's if torch is imported, else NumPy's.
 
     Sizes are checked against the file's own before anything is allocated, and the checksum before anything is returned.
     Raises CheckpointError for anything but such a file, and OSError if it cannot be opened.
@@ -217,7 +217,7 @@ def stored(x: Any, where: str) -> tuple[Any, dict[str, Any]]:
 
 
 def restored(x: Any, known: Mapping[str, Any], array_kind: str, device: Any) -> Any:
-    """The reverse of :func:`stored`, as an array of this kind on this device (None: the host). ValueError if it cannot be."""
+    """The reverse of `stored`, as an array of this kind on this device (None: the host). ValueError if it cannot be."""
     torch = _torch()
     dtype = known["dtype"]
     if array_kind == "numpy" and kind(x) == "torch":

@@ -23,7 +23,9 @@ def named_tensors(state: Any) -> dict[str, torch.Tensor]:
 def filled(state: Any, tensors: Mapping[str, Any], path: str, *, onto: torch.device | None = None) -> Any:
     """The state with its arrays and numbers taken from tensors by name.
 
-    onto: copy each tensor to this device, in the dtype of the one it replaces; otherwise take the tensors themselves.
+    Args:
+        onto: copy each tensor to this device, in the dtype of the one it replaces; otherwise take the tensors themselves.
+
     Raises StructureError, naming the parameter, for a tensor that is missing, unexpected or of another shape.
     """
     own = dict(_walk(state, "state"))

@@ -47,14 +47,15 @@ def load(
     strict: bool = True,
     rename: Callable[[str], str] | None = None,
 ) -> StateTree:
-    """A state from a file that :func:`save` wrote; the next step is the one that the saved state would have taken.
+    """A state from a file that `save` wrote; the next step is the one that the saved state would have taken.
 
-    like: the model, whose rules are then rebuilt from the file; or a state set up for it, which supplies what no file can
-        hold (functions in the fields of rules) and must have the same types of rules. Either says where the arrays go:
-        kind, device, structure. Hyper-parameters, frozen flags and reasons are those of the file in both cases.
-    strict: with False, what fits is taken and the rest starts anew, with its rule in ``like``, or the one rule that all of the
-        file share; entries of the file without a place are dropped. The reasons in ``print(state)`` say which.
-    rename: a function from a path in the file to the path in the model, for layers that were renamed.
+    Args:
+        like: the model, whose rules are then rebuilt from the file; or a state set up for it, which supplies what no file can
+            hold (functions in the fields of rules) and must have the same types of rules. Either says where the arrays go:
+            kind, device, structure. Hyper-parameters, frozen flags and reasons are those of the file in both cases.
+        strict: with False, what fits is taken and the rest starts anew, with its rule in ``like``, or the one rule that all
+            of the file share; entries of the file without a place are dropped. The reasons in ``print(state)`` say which.
+        rename: a function from a path in the file to the path in the model, for layers that were renamed.
 
     Raises CheckpointError for a damaged or foreign file; for one that does not fit, with every missing, unexpected and
     mismatched path; and for rules that only ``like=state`` can supply. MissingPackageError without the package safetensors.
