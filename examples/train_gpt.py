@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> object:
 
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {steps} steps in {time.perf_counter() - begin:.0f} s")
-    print(f"validation loss {history.final:.3f} nats per byte; curves in {args.out / 'loss.png'}")
+    print(f"validation loss {history.final:.3f} nats per byte; curves in {out / 'loss.png'}")
     print("--- sample ---")
     print(generate(model, "The ", 400, args.seed))
     return history

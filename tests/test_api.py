@@ -868,3 +868,14 @@ def test_a_numpy_scalar_is_the_gradient_of_a_0d_array():
     _, model = opt.update(state, {"scale": np.ones(())}, {"scale": np.float64(2.0)})
     assert isinstance(model["scale"], np.ndarray)
     assert model["scale"] == 0
+
+
+def test_a_parameter_moved_without_its_state_is_named():
+    state = opt.setup(opt.Adam(), {"w": torch.ones(2)})
+    moved = {"w": torch.ones(2, device="meta")}
+    with pytest.raises(
+        opt.StructureError, match=r"'w': the parameter is on meta, its state on cpu.*opt.to\(state, device='meta'\)"
+    ):
+        opt.update(state, moved, {"w": torch.ones(2, device="meta")})
+    state, moved = opt.update(opt.to(state, device="meta"), moved, {"w": torch.ones(2, device="meta")})
+    assert moved["w"].device.type == "meta"

@@ -48,8 +48,9 @@ def tiny_run(train_gpt):
     return run
 
 
-def test_gpt_learns_draws_and_speaks(train_gpt, tmp_path, capsys):
-    history = train_gpt.main([*TINY, "--out", str(tmp_path)])
+def test_gpt_learns_draws_and_speaks(train_gpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    history = train_gpt.main(TINY)
 
     assert len(history.train) == 30
     assert all(map(math.isfinite, history.train))
@@ -57,7 +58,7 @@ def test_gpt_learns_draws_and_speaks(train_gpt, tmp_path, capsys):
     assert (first_step, last_step) == (0, 30)
     assert first == pytest.approx(math.log(256), rel=0.05)  # before the first step every byte is as likely as another
     assert last < first - 1
-    assert_picture(tmp_path / "loss.png")
+    assert_picture(tmp_path / "out" / "train_gpt" / "loss.png")
 
     printed = capsys.readouterr().out
     assert "blocks.0.qkv.weight" in printed  # the state table

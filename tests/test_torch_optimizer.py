@@ -1178,3 +1178,14 @@ def test_warns_about_nothing():
         module = net()
         optimizer = Optimizer(opt.AdamW(), module)
         functools.reduce(lambda _, i: train(module, optimizer, 1, start=i), range(3), None)
+
+
+def test_state_follows_a_model_that_is_moved_after_construction():
+    net = torch.nn.Linear(2, 2)
+    optimizer = optimisers.torch.Optimizer(opt.Adam(), net)
+    for group in optimizer.param_groups:  # on this device a moved parameter is another object; on others it is the same
+        group["params"] = [torch.nn.Parameter(p.detach().to("meta")) for p in group["params"]]
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.tree["weight"].state[0].device.type == "meta"

@@ -14,6 +14,7 @@ from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, 
 from ..rules._base import AbstractRule, walk
 from ..setup_api.route import Chooser, Route
 from ..setup_api.setup import initial_state, moment_dtype, setup
+from ..setup_api.to import beside
 from ..setup_api.update import update_
 from ..tree.leaves import Place, Slot
 from ..tree.param import Param
@@ -218,7 +219,10 @@ class Optimizer(torch.optim.Optimizer):
                 params[name] = x
                 dx = x.grad
                 grads[name] = -dx if maximize and dx is not None else dx
-        self._held.tree, _ = update_(self._held.tree, params, grads)  # type: ignore[arg-type]
+        tree: Any = self._held.tree
+        # A model may be moved after its optimizer was made: torch's own make their state later, ours has to follow.
+        tree = beside(tree, tree._structure.flatten(params))
+        self._held.tree, _ = update_(tree, params, grads)
         self._held.shown = None
         return loss
 

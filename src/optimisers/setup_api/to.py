@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..rules._base import AbstractRule
 from ..rules._precision import map_state, state_leaves
 from ..tree.leaves import Slot
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, check_alive, host_state, rebuilt
+from ..tree.state import Entry, Lease, StateTree, check_alive, device_of, host_state, rebuilt
 from .setup import moment_dtype
 
 
@@ -43,6 +44,18 @@ def to(state: StateTree, *, device: Any = None, dtype: Any = None) -> StateTree:
             raise ArgumentError(msg)
         entries.append(_moved(slot, entry, device if slot.kind == "torch" else None, name, fresh))
     return rebuilt(state, entries)
+
+
+def beside(state: StateTree, leaves: Sequence[Any]) -> StateTree:
+    """The state with the tensors of every entry on the device of its parameter; the state itself if they are there."""
+    entries = list(state._entries)
+    fresh = Lease()
+    for i, (slot, entry) in enumerate(zip(state._slots, state._entries, strict=True)):
+        x = leaves[slot.places[0].leaf]
+        device = device_of(entry.state) if kind(x) == "torch" else None
+        if device is not None and device != x.device:
+            entries[i] = _moved(slot, entry, x.device, None, fresh)
+    return state if all(a is b for a, b in zip(entries, state._entries, strict=True)) else rebuilt(state, entries)
 
 
 def _moved(slot: Slot, entry: Entry, device: Any, dtype: str | None, fresh: Lease) -> Entry:

@@ -12,7 +12,7 @@ from ..tree.destructure import permuted
 from ..tree.gradients import gradient_of
 from ..tree.leaves import Slot
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, check_alive, host_state, numbers_in, rebuilt
+from ..tree.state import Entry, Lease, StateTree, check_alive, device_of, host_state, numbers_in, rebuilt
 from ..tree.structure import is_module
 
 
@@ -113,8 +113,20 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
         x = leaves[slot.places[0].leaf]
         dx = gradient_of(slot, x, given, structure.paths)
         if dx is not None:
+            _check_device(slot, entry, x)
             jobs[i] = Job(slot.path or "(the array)", entry.rule, host_state(entry), x, dx)
     return Work(leaves, jobs)
+
+
+def _check_device(slot: Slot, entry: Entry, x: Any) -> None:
+    """Raise StructureError if the parameter was moved since setup, and its state was not."""
+    device = device_of(entry.state) if kind(x) == "torch" else None
+    if device is not None and device != x.device:
+        msg = (
+            f"model at {shown(slot.path)}: the parameter is on {x.device}, its state on {device}; move the state as well, "
+            f"state = opt.to(state, device={str(x.device)!r})"
+        )
+        raise StructureError(msg)
 
 
 def checked_leaves(state: StateTree, model: Any) -> list[Any]:

@@ -288,6 +288,14 @@ def host_state(entry: Entry) -> Any:
     return map_state(read, entry.state)
 
 
+def device_of(state: Any) -> Any:
+    """The device of the tensors of a state, None if it has none. Norms and moments of one array lie together."""
+    for leaf in state_leaves(state):
+        if kind(leaf) == "torch" and not (leaf.ndim == 0 and leaf.device.type == "cpu"):
+            return leaf.device
+    return None
+
+
 def numbers_in(state: Any) -> tuple[bool, ...]:
     """Which leaves of a fresh state are counters: rules make them as Python numbers."""
     return tuple(is_number(leaf) for leaf in state_leaves(state))
