@@ -19,8 +19,6 @@ SOURCE = ROOT / "src" / "optimisers"
 PARTS = ("errors", "arrays", "rules", "tree", "engine", "setup_api", "interop")
 FACES = {"torch", "optax"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))
-# Registering the state with torch's pytree happens where the state is, once torch is loaded.
-TORCH_ELSEWHERE = {("tree/state.py", "torch.utils")}
 
 
 def name_of(path):
@@ -64,8 +62,9 @@ def imports(path):
 def test_the_reader_of_imports_sees_all_of_them(tmp_path):
     names = {name for path in MODULES for name, _, _ in imports(path)}
     assert {"numpy", "optree", "torch", "torch.utils", "optimisers.arrays", "optimisers.rules._base"} <= names
-    later = [(name, now) for name, now, _ in imports(SOURCE / "tree" / "state.py") if name == "torch.utils"]
-    assert later == [("torch.utils", False)]
+    later = [(name, now) for name, now, _ in imports(SOURCE / "arrays" / "_host.py") if "._torch" in name]
+    assert later
+    assert not any(now for _, now in later)
 
 
 def test_every_module_belongs_to_a_part():
@@ -87,8 +86,7 @@ def test_imports_run_one_way(path):
 def test_torch_is_imported_only_where_tensors_are(path):
     home = name_of(path) == "arrays/_torch.py" or part_of(path) in {"engine", "interop"}
     for name, _, line in imports(path):
-        allowed = home or (name_of(path), name) in TORCH_ELSEWHERE
-        assert name.split(".")[0] != "torch" or allowed, f"{name_of(path)}:{line} imports {name}"
+        assert name.split(".")[0] != "torch" or home, f"{name_of(path)}:{line} imports {name}"
 
 
 def test_torch_is_never_imported_by_importing_the_package():

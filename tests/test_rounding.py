@@ -104,7 +104,7 @@ def test_rounding_is_unbiased(value):
 def test_the_probability_is_exact(monkeypatch):
     """Over all 2**16 random numbers, the number of those that round up is the lower half of the float32."""
     every = torch.arange(-0x8000, 0x8000, dtype=torch.int16).view(torch.int64)
-    monkeypatch.setattr("optimisers.arrays.random_bits", lambda key, counter, count, like: every[:count])
+    monkeypatch.setattr("optimisers.arrays._random.random_bits", lambda key, counter, count, like: every[:count])
     for low in (0, 1, 0x1234, 0x8000, 0xFFFF):
         x = torch.full((2**16,), 0x3F800000 + low, dtype=torch.int32).view(torch.float32)
         assert (rounded_at_random(x, KEY, 0) > x).sum().item() == low

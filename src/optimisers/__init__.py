@@ -24,8 +24,8 @@ from .setup_api.update import update as update
 from .setup_api.update import update_ as update_
 from .tree.destructure import destructure as destructure
 from .tree.destructure import trainables as trainables
+from .tree.entry import Leaf as Leaf
 from .tree.param import Param as Param
-from .tree.state import Leaf as Leaf
 from .tree.state import StateTree as StateTree
 
 __version__ = "0.1.0"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._C import _functorch  # the only way to tell a tensor inside a torch.func transform
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
 
 
 def is_transformed(x: torch.Tensor) -> bool:
@@ -66,3 +68,8 @@ def quick_in_bfloat16(device: torch.device) -> bool:
     if not torch.cuda.is_available():
         return True  # a fake device stands for a modern one
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Make a class a node of torch's own pytree, through which ``torch.func`` and ``torch.compile`` see."""
+    _pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"optimisers.{cls.__name__}")

@@ -11,9 +11,10 @@ from ..errors import CheckpointError, OptimisersError
 from ..rules._base import AbstractRule, walk
 from ..rules._precision import state_leaves
 from ..setup_api.setup import check_groups, first_entry, initial_state
+from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.leaves import Found, Slot
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, host_state, numbers_in, rebuilt
+from ..tree.state import StateTree, rebuilt
 from . import _rule_text
 from ._rule_text import NOTHING, all_own
 from ._state_text import Misfit, Reader

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..errors import ArgumentError, CheckpointError
 from ..errors import described as named
+from ..tree.entry import host_state
 from ..tree.leaves import find
-from ..tree.state import StateTree, check_alive, host_state
+from ..tree.state import StateTree, check_alive
 from . import _rule_text, _state_text, _tensor_file
 from ._match import Loading, StoredEntry
 from ._state_dict import load_state_dict, name_of, state_dict

@@ -11,8 +11,9 @@ from ..errors import ArgumentError, StructureError, locating
 from ..rules import Adam, AdamW, Muon, NAdam, OptimiserChain
 from ..rules._base import AbstractRule
 from ..setup_api.setup import setup
+from ..tree.entry import numbers_in
 from ..tree.leaves import Slot
-from ..tree.state import StateTree, numbers_in, rebuilt
+from ..tree.state import StateTree, rebuilt
 
 
 def from_optax(opt_state: Any, rule: Any, model: Any) -> StateTree:

@@ -16,9 +16,10 @@ from ..setup_api.route import Chooser, Route
 from ..setup_api.setup import initial_state, moment_dtype, setup
 from ..setup_api.to import beside
 from ..setup_api.update import update_
+from ..tree.entry import Entry
 from ..tree.leaves import Place, Slot
 from ..tree.param import Param
-from ..tree.state import Entry, StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt
 from ..tree.structure import ModuleStructure
 from ._entries import Betas, Entries, changed_betas, repowered, scalable, sketch
 from ._named import Given, given

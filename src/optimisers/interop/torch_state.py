@@ -25,8 +25,9 @@ from ..rules import (
 from ..rules._adjust import with_eta
 from ..rules._base import AbstractRule
 from ..setup_api.setup import setup
+from ..tree.entry import Entry, numbers_in
 from ..tree.param import Param
-from ..tree.state import Entry, StateTree, check_alive, numbers_in, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt
 from ..tree.structure import ModuleStructure
 from ._named import given
 

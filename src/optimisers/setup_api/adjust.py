@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from ..errors import ArgumentError, described, locating
 from ..rules._adjust import Change, adjust_rule
 from ..rules._base import AbstractRule
+from ..tree.entry import Leaf
 from ..tree.select import selected
-from ..tree.state import Leaf, StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt
 
 Target = TypeVar("Target", StateTree, Leaf, AbstractRule)
 

@@ -9,10 +9,11 @@ from ..arrays import copied, kind
 from ..errors import ArgumentError, RuleError, StructureError, described, not_a_rule
 from ..rules._base import AbstractRule
 from ..rules._precision import map_state, state_leaves
+from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.leaves import Found, Slot, find
 from ..tree.param import Param
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, check_alive, host_state, numbers_in
+from ..tree.state import StateTree, check_alive
 from .route import Chooser
 from .setup import check_groups, first_entry, moment_dtype
 

@@ -10,8 +10,9 @@ from ..errors import ArgumentError, described
 from ..rules import Apollo, Averaged, MixedPrecision, Muon, OptimiserChain, Scheduled, StochasticRounding
 from ..rules._adjust import field_names
 from ..rules._base import AbstractRule, children
+from ..tree.entry import host_state
 from ..tree.leaves import Slot
-from ..tree.state import StateTree, check_alive, host_state
+from ..tree.state import StateTree, check_alive
 
 
 def hyper(state: StateTree) -> dict[str, dict[str, Any]]:

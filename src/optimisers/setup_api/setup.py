@@ -12,10 +12,11 @@ from ..rules import ClipGlobalNorm
 from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
 from ..rules._precision import map_state
+from ..tree.entry import Entry, Lease, numbers_in
 from ..tree.leaves import Slot, find
 from ..tree.param import Param
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, numbers_in
+from ..tree.state import StateTree
 from .route import Chooser
 
 

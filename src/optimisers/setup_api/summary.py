@@ -8,10 +8,11 @@ from typing import Any
 
 from ..arrays import dtype_name, kind
 from ..errors import ArgumentError, described
+from ..tree.entry import Entry
 from ..tree.leaves import Slot, is_trainable
 from ..tree.paths import path_of, shown
 from ..tree.show import bytes_text, rule_text, state_bytes, table
-from ..tree.state import Entry, StateTree, check_alive
+from ..tree.state import StateTree, check_alive
 
 
 def summary(state: StateTree, model: Any, *, depth: int | None = None) -> str:

@@ -11,9 +11,10 @@ from ..arrays import cast_to, dtype_name, is_inexact, kind, torch_if_loaded
 from ..errors import ArgumentError, described
 from ..rules._base import AbstractRule
 from ..rules._precision import map_state, state_leaves
+from ..tree.entry import Entry, Lease, device_of, host_state
 from ..tree.leaves import Slot
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, check_alive, device_of, host_state, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt
 from .setup import moment_dtype
 
 

@@ -9,10 +9,11 @@ from ..arrays import address, dtype_name, kind, share_memory, torch_if_loaded
 from ..engine.step import Job, Outcome, step
 from ..errors import ArgumentError, StructureError, TieError, described
 from ..tree.destructure import permuted
+from ..tree.entry import Entry, Lease, device_of, host_state, numbers_in
 from ..tree.gradients import gradient_of
 from ..tree.leaves import Slot
 from ..tree.paths import shown
-from ..tree.state import Entry, Lease, StateTree, check_alive, device_of, host_state, numbers_in, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt
 from ..tree.structure import is_module
 
 

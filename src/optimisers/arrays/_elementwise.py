@@ -1,0 +1,105 @@
+"""Arrays made like others, and elementwise functions."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from ._kinds import Array, as_array, is_complex, is_number, kind, namespace
+
+
+def zeros_like(x: Array, *, real: bool = False) -> Array:
+    """Zeros of x's shape, dtype, device and strides; with ``real``, of the real dtype of a complex x."""
+    return full_like(x, 0, real=real)
+
+
+def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
+    """An array of x's shape, dtype, device and strides, filled with value; with ``real``, of x's real dtype."""
+    xp = namespace(x)
+    if real and is_complex(x):
+        x = x.real
+    out = xp.zeros_like(x)
+    if not (is_number(value) and value == 0):
+        out = out + value
+    return as_array(out)
+
+
+def zeros(like: Array, shape: tuple[int, ...], *, real: bool = False) -> Array:
+    """Zeros of another shape, of the dtype (with ``real``, its real dtype) and on the device of an array."""
+    if real and is_complex(like):
+        like = like.real
+    return np.zeros(shape, dtype=like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def zero_norm(like: Array) -> Array:
+    """A 0-d float64 zero beside an array, for a state that is a norm."""
+    if isinstance(like, np.ndarray):
+        return np.zeros(())
+    return like.new_zeros((), dtype=sys.modules["torch"].float64)
+
+
+def sqrt(x: Array) -> Array:
+    """Square root. In a torch graph its derivative at 0 is taken as 0, so that a zero gradient does not make NaN."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np.sqrt(x)
+    if is_number(x):
+        return math.sqrt(x)
+    torch = sys.modules["torch"]
+    if x.requires_grad:
+        zero = x == 0
+        return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
+    return torch.sqrt(x)
+
+
+def abs2(x: Array) -> Array:
+    """The squared magnitude, real also for complex x."""
+    if is_complex(x):
+        return x.real * x.real + x.imag * x.imag
+    return x * x
+
+
+def absolute(x: Array) -> Array:
+    """The magnitude, real also for complex x."""
+    return abs(x)
+
+
+def sign(x: Array) -> Array:
+    """x / abs(x), 0 at 0, NaN at NaN; complex numbers keep their phase."""
+    xp = namespace(x)
+    if xp is np:
+        return np.sign(x)
+    return xp.where(x.isnan(), x, x.sgn())  # torch's sgn of NaN is 0
+
+
+def where(condition: Array, a: Array, b: Array) -> Array:
+    """a where the condition holds, else b. A Python bool chooses one of the two."""
+    if isinstance(condition, (bool, np.bool_)):
+        return a if condition else b
+    return namespace(condition).where(condition, a, b)
+
+
+def maximum(a: Array, b: Array) -> Array:
+    """The larger one, elementwise; NaN if either is NaN. One of the two may be a Python number."""
+    return _extremum("maximum", "clamp_min", a, b)
+
+
+def minimum(a: Array, b: Array) -> Array:
+    """The smaller one, elementwise; NaN if either is NaN. One of the two may be a Python number."""
+    return _extremum("minimum", "clamp_max", a, b)
+
+
+def _extremum(name: str, clamp: str, a: Array, b: Array) -> Array:
+    if kind(a) is None and kind(b) is not None:
+        a, b = b, a
+    if kind(a) == "torch":
+        torch = sys.modules["torch"]
+        return getattr(torch, name)(a, b) if kind(b) == "torch" else getattr(torch, clamp)(a, b)
+    return getattr(np, name)(a, b)
+
+
+def clip(x: Array, low: Any, high: Any) -> Array:
+    """x limited to [low, high]; NaN stays NaN."""
+    return minimum(maximum(x, low), high)

@@ -1,0 +1,92 @@
+"""What the host may know of an array: its value, where it lies, and whether two share memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import RuleError
+from ._kinds import Array, kind
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the value of x can be read on the host now: not inside a transform, a trace or an autograd graph."""
+    if kind(x) != "torch":
+        return True
+    from . import _torch
+
+    return _torch.is_concrete(x)
+
+
+def can_read(x: Array) -> bool:
+    """Whether the value of x can be read at all (it may cost a synchronisation): not inside a transform or a trace."""
+    if kind(x) != "torch":
+        return True
+    from . import _torch
+
+    return _torch.can_read(x)
+
+
+def share_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays may lie in the same memory."""
+    if a is b:
+        return True
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return bool(np.may_share_memory(a, b))
+    if kind(a) != "torch" or kind(b) != "torch":
+        return False
+    from . import _torch
+
+    return _torch.same_storage(a, b)
+
+
+def memory_key(x: Array) -> int | None:
+    """What is the same for two arrays that lie in one allocation, or None where that cannot be known."""
+    if isinstance(x, np.ndarray):
+        while isinstance(x.base, np.ndarray):
+            x = x.base
+        return id(x) if x.base is None else id(x.base)
+    if kind(x) != "torch":
+        return None
+    from . import _torch
+
+    return _torch.memory_key(x)
+
+
+def address(x: Array) -> tuple[str, int] | None:
+    """Device and address of the first element; None for an empty array and where tensors have no address."""
+    if 0 in x.shape:
+        return None
+    if isinstance(x, np.ndarray):
+        return "numpy", x.ctypes.data
+    from . import _torch
+
+    return _torch.memory_of(x)
+
+
+def copied(x: Array) -> Array:
+    """x in memory of its own."""
+    return x.copy() if isinstance(x, np.ndarray) else x.clone()
+
+
+def host_int(value: Array, what: str) -> int:
+    """A counter as a Python int. Inside ``torch.func`` transforms and ``torch.compile`` it cannot be read: RuleError."""
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if not is_concrete(value):
+        msg = (
+            f"{what} decides from a step counter on the host, which cannot be read inside torch.func.vmap or torch.compile; "
+            f"call update outside the transform, or use a rule without {what}"
+        )
+        raise RuleError(msg)
+    return int(value)
+
+
+def read_int(value: Array, what: str) -> int:
+    """A number as a Python int, at the cost of a synchronisation. Inside transforms and traces it cannot be: RuleError."""
+    if not can_read(value):
+        msg = (
+            f"{what} decides on the host whether to step, from the values of the gradients, which cannot be read inside "
+            f"torch.func transforms or torch.compile; call update outside of them, or use a rule without {what}"
+        )
+        raise RuleError(msg)
+    return int(value)
