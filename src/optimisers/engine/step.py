@@ -89,8 +89,8 @@ class _Run:
 
     def _next_scope(self) -> str:
         """A scope that no waiting array will come to later: then all its members are here."""
-        scopes = {id(rule): _scopes(rule) for rule in {id(job.rule): job.rule for job in self.jobs}.values()}
-        ahead = {i: scopes[id(self.jobs[i].rule)] - self.passed[i] for i in self.waiting}
+        held = {id(rule): _scopes(rule) for rule in {id(job.rule): job.rule for job in self.jobs}.values()}
+        ahead = {i: held[id(self.jobs[i].rule)] - self.passed[i] for i in self.waiting}
         present = {i: str(request.rule.scope) for i, request in self.waiting.items()}
         for scope in present.values():
             if all(present[i] == scope or ahead[i][scope] == 0 for i in self.waiting):
