@@ -879,3 +879,9 @@ def test_a_parameter_moved_without_its_state_is_named():
         opt.update(state, moved, {"w": torch.ones(2, device="meta")})
     state, moved = opt.update(opt.to(state, device="meta"), moved, {"w": torch.ones(2, device="meta")})
     assert moved["w"].device.type == "meta"
+
+
+def test_a_rule_applied_by_hand_checks_inside_a_graph_too():
+    dx = torch.tensor([float("nan")], requires_grad=True)
+    with pytest.raises(opt.NonFiniteError, match="the 2-norm of its gradient is nan"):
+        opt.ClipNorm(1.0).apply(None, torch.ones(1), dx)

@@ -11,6 +11,7 @@ import optimisers as opt
 from golden_data import made, numpy_of
 from optimisers.arrays import normal
 from optimisers.tree.show import state_bytes
+from running import run
 
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
@@ -19,16 +20,6 @@ def trajectory(shape, steps, seed=0):
     rng = np.random.default_rng(seed)
     common = rng.normal(size=shape)
     return rng.normal(size=shape), [common + rng.normal(size=shape) for _ in range(steps)]
-
-
-def run(rule, x, grads, kind="numpy", path=None):
-    x = made(x, kind)
-    state = opt.setup(rule, x)
-    xs = []
-    for grad in grads:
-        state, x = opt.update(state, x, made(grad, kind))
-        xs.append(numpy_of(x))
-    return np.array(xs)
 
 
 def explicit(shape, refresh):

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optree
 import pytest
 import torch
+
+import optimisers as opt
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--steps", "30", "--batch", "8", "--context", "32", "--width", "32", "--layers", "1", "--no-progress"]
@@ -102,6 +105,20 @@ def test_gpt_compares_rules(tmp_path, monkeypatch, capsys):
     assert muon["state bytes"] < adamw["state bytes"]
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["rule"] == "adamw"
     assert "| muon |" in capsys.readouterr().out
+
+
+def test_state_bytes_on_the_hidden_matrices(train_gpt):
+    model = train_gpt.GPT()
+    hidden = [name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+
+    def bytes_of(rule):
+        state = opt.setup(rule, model)
+        return sum(leaf.nbytes for name in hidden for leaf in optree.tree_leaves(state[name].state))
+
+    adamw = bytes_of(train_gpt.adamw(1e-3))
+    assert bytes_of(opt.Muon()) <= 0.5 * adamw
+    assert bytes_of(train_gpt.quarter(1e-3)) <= 0.26 * adamw
+    assert bytes_of(opt.Apollo.mini()) <= 0.02 * adamw
 
 
 def test_digits_reach_their_accuracy_without_torch(tmp_path):

@@ -11,6 +11,7 @@ import optimisers as opt
 from golden_data import made, numpy_of
 from optimisers.rules.newtonschulz import JORDAN
 from optimisers.tree.show import state_bytes
+from running import run
 
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7), "long": (64, 200)}
@@ -23,17 +24,6 @@ def trajectory(shape, steps=STEPS, seed=0, size=1.0):
     rng = np.random.default_rng(seed)
     common = rng.normal(size=shape)
     return rng.normal(size=shape), [size * (common + rng.normal(size=shape)) for _ in range(steps)]
-
-
-def run(rule, x, grads, kind="numpy"):
-    """The parameter after each gradient."""
-    x = made(x, kind)
-    state = opt.setup(rule, x)
-    xs = []
-    for grad in grads:
-        state, x = opt.update(state, x, made(grad, kind))
-        xs.append(numpy_of(x))
-    return np.array(xs)
 
 
 def check(ours, theirs, tolerance=1e-12):

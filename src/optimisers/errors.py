@@ -96,7 +96,7 @@ def not_a_rule(value: object) -> str:
 
 
 @contextmanager
-def locating(path: str, doing: str = "") -> Iterator[None]:
+def locating(path: str) -> Iterator[None]:
     """Name the parameter in errors raised inside: in the text of our own, in a note on those of others."""
     where = f"parameter {path!r}" if path else "the array itself (the root)"
     try:
@@ -106,7 +106,7 @@ def locating(path: str, doing: str = "") -> Iterator[None]:
             error.args = (f"{where}: {error}",)
         raise
     except Exception as error:
-        error.add_note(f"{doing or 'at'} {where}")
+        error.add_note(f"at {where}")
         raise
 
 

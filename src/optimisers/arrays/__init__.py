@@ -18,6 +18,7 @@ from ._elementwise import zeros_like as zeros_like
 from ._host import address as address
 from ._host import can_read as can_read
 from ._host import copied as copied
+from ._host import detached as detached
 from ._host import host_int as host_int
 from ._host import is_concrete as is_concrete
 from ._host import memory_key as memory_key

@@ -63,6 +63,11 @@ def address(x: Array) -> tuple[str, int] | None:
     return _torch.memory_of(x)
 
 
+def detached(x: Array) -> Array:
+    """x outside any graph; NumPy arrays and numbers as they are."""
+    return x.detach() if kind(x) == "torch" else x
+
+
 def copied(x: Array) -> Array:
     """x in memory of its own."""
     return x.copy() if isinstance(x, np.ndarray) else x.clone()

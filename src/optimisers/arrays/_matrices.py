@@ -33,7 +33,7 @@ def identity_like(x: Array) -> Array:
 
 
 def matrix_norm(x: Array) -> Array:
-    """The Frobenius norm of each matrix, of shape (..., 1, 1), in float64; no finite matrix over- or underflows."""
+    """The Frobenius norm of each matrix, of shape (..., 1, 1), in float64, scaled so that squares do not over- or underflow."""
     if dtype_name(x) != "float64":
         if isinstance(x, np.ndarray):
             x = x.astype(np.float64)

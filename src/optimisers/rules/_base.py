@@ -6,13 +6,11 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-from ..errors import RuleError, described
+from ..arrays import Array, can_read, cast_to, detached
+from ..errors import NonFiniteError, RuleError, described
 from ._fields import check_arguments, checked, is_tensor
-
-if TYPE_CHECKING:
-    from ..arrays import Array
 
 Law: TypeAlias = Literal["elementwise", "stackable", "measured", "none"]
 
@@ -111,8 +109,6 @@ class AbstractRule(ABC):
 
     def init_as(self, x: Array, dtype: str) -> State:
         """``init`` with moments of the named dtype."""
-        from ..arrays import cast_to
-
         return self.init(cast_to(x, dtype))
 
     def with_eta(self, eta: Any, base: Self) -> Self:
@@ -249,11 +245,8 @@ def run_alone(stages: Stages) -> tuple[State, Any]:
 
 def check_alone(request: Measurement) -> None:
     """Raise NonFiniteError if the rule checks its measure and finds a fault, for an array without a path."""
-    from ..arrays import is_concrete
-    from ..errors import NonFiniteError
-
-    if request.rule.checks and all(is_concrete(value) for value in request.value):
-        fault = request.rule.fault(tuple(float(value) for value in request.value))
+    if request.rule.checks and all(can_read(value) for value in request.value):
+        fault = request.rule.fault(tuple(float(detached(value)) for value in request.value))
         if fault:
             msg = f"{type(request.rule).__name__}: {fault}. Set throw=False to let it through"
             raise NonFiniteError(msg)

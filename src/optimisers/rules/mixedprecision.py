@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import Array, as_dtype_name, cast_to, dtype_name, working_dtype
+from ..arrays import Array, as_dtype_name, cast_to, detached, dtype_name, working_dtype
 from ..errors import HyperParameterError, RuleError, not_a_rule
 from ._adjust import with_eta
 from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stepped, walk
@@ -50,11 +50,11 @@ class MixedPrecision(CompositeRule):
 
     def init(self, x: Array) -> State:
         master = cast_to(x, self.dtype)
-        return (None if master is x else _own(master)), self.rule.init(master)
+        return (None if master is x else detached(master)), self.rule.init(master)
 
     def init_as(self, x: Array, dtype: str) -> State:
         master = cast_to(x, self.dtype)
-        return (None if master is x else _own(master)), self.rule.init_as(master, dtype)
+        return (None if master is x else detached(master)), self.rule.init_as(master, dtype)
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         master, inner = state
@@ -67,8 +67,3 @@ class MixedPrecision(CompositeRule):
         precision = dtype_name(master)
         master = cast_to(stepped(cast_to(master, working_dtype(precision)), step), precision)
         return (master, inner), Assign(master)
-
-
-def _own(master: Array) -> Array:
-    """The master without the graph and the class of the parameter it was made from."""
-    return master.detach() if hasattr(master, "detach") else master

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from ..arrays import copied, kind
+from ..arrays import copied, detached, kind
 from ..errors import ArgumentError, RuleError, StructureError, described, not_a_rule
 from ..rules._base import AbstractRule
 from ..rules._precision import map_state, state_leaves
@@ -216,7 +216,7 @@ def _merged(old: Any, new: Any, before: Slot, after: Slot) -> Any:
         a = next(given)
         if not kind(fresh):
             return a
-        a = a.detach() if kind(a) == "torch" else a
+        a = detached(a)
         if tuple(a.shape) != was:
             return copied(a)
         out = copied(fresh)

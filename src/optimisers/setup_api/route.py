@@ -9,7 +9,7 @@ from typing import Any
 from ..arrays import Array
 from ..errors import ArgumentError, RuleError, SelectionError, TieError, not_a_rule
 from ..rules import Averaged, MixedPrecision, OptimiserChain, Scheduled, StochasticRounding
-from ..rules._adjust import field_names
+from ..rules._adjust import field_names, with_eta
 from ..rules._base import AbstractRule, State, walk
 from ..tree.param import Param
 from ..tree.select import check_pattern, describe, known_paths, matches
@@ -59,8 +59,6 @@ class Route(AbstractRule):
         return Route(*zip(self.patterns, rules, strict=True), otherwise=changes.get("otherwise", self.otherwise))
 
     def with_eta(self, eta: Any, base: Route) -> Route:
-        from ..rules._adjust import with_eta
-
         rules = [rule and with_eta(rule, eta, old or rule) for rule, old in zip(self.rules, base.rules, strict=True)]
         last = self.otherwise
         if isinstance(last, AbstractRule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import as_array, as_dtype_name, copied, kind, share_memory
+from ..arrays import as_array, as_dtype_name, copied, detached, kind, share_memory
 from ..engine.step import check_state
 from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
 from ..rules import ClipGlobalNorm
@@ -113,7 +113,7 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
 
 def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     """The state of a rule for an array."""
-    start = x.detach() if kind(x) == "torch" else x  # moments start outside any graph; a learned field enters it when applied
+    start = detached(x)  # moments start outside any graph; a learned field enters it when applied
     with locating(slot.path):
         state = rule.init(start) if dtype is None else rule.init_as(start, dtype)
     state = map_state(as_array, state)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import is_number, kind
+from ..rules._base import AbstractRule
 from ..rules._precision import state_leaves
+from ..rules.chain import OptimiserChain
 
 if TYPE_CHECKING:
-    from ..rules._base import AbstractRule
     from .leaves import Slot
 
 
@@ -50,10 +52,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def rule_text(rule: AbstractRule) -> str:
     """A rule in short: only the fields that differ from their defaults."""
-    import dataclasses
-
-    from ..rules.chain import OptimiserChain
-
     if isinstance(rule, OptimiserChain):
         return " > ".join(map(rule_text, rule.rules)) or "identity"
     shown = []
