@@ -225,7 +225,7 @@ def test_with_after_no_step_is_computed(monkeypatch):
     model = {"w": torch.ones(3)}
     state = opt.setup(opt.Adam(0.1), model)
     _, new = opt.update(state, model, model)
-    monkeypatch.setattr(engine_step, "_Run", None)
+    monkeypatch.setattr(engine_step, "run", None)
     assert opt.metrics(state, model, model, after=new)["w"].update_norm == pytest.approx(0.1 * math.sqrt(3))
 
 

@@ -114,3 +114,7 @@ def locating(path: str) -> Iterator[None]:
 globals()["__all__"] = [
     name for name, value in vars().items() if isinstance(value, type) and issubclass(value, OptimisersError)
 ]
+
+
+class CompileWarning(UserWarning):
+    """Loops could not be compiled, so arrays are stepped without them: same results, slower."""

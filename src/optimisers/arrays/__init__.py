@@ -24,8 +24,6 @@ from ._host import is_concrete as is_concrete
 from ._host import memory_key as memory_key
 from ._host import read_int as read_int
 from ._host import share_memory as share_memory
-from ._kinds import FLOATS as FLOATS
-from ._kinds import HALF as HALF
 from ._kinds import Array as Array
 from ._kinds import as_array as as_array
 from ._kinds import as_dtype_name as as_dtype_name
@@ -54,3 +52,10 @@ from ._reductions import norm as norm
 from ._reductions import scalar_like as scalar_like
 from ._reductions import stack as stack
 from ._reductions import sum_over as sum_over
+from ._traced import FLOATS as FLOATS
+from ._traced import HALF as HALF
+from ._traced import HOST as HOST
+from ._traced import Traced as Traced
+from ._traced import Tracer as Tracer
+from ._traced import Untraceable as Untraceable
+from ._traced import evaluated as evaluated

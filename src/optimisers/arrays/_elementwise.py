@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._kinds import Array, as_array, is_complex, is_number, kind, namespace
+from ._traced import Traced, extremum, filled, select, unary
 
 
 def zeros_like(x: Array, *, real: bool = False) -> Array:
@@ -18,6 +19,8 @@ def zeros_like(x: Array, *, real: bool = False) -> Array:
 
 def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
     """An array of x's shape, dtype, device and strides, filled with value; with ``real``, of x's real dtype."""
+    if isinstance(x, Traced):
+        return filled(x, value)
     xp = namespace(x)
     if real and is_complex(x):
         x = x.real
@@ -45,6 +48,8 @@ def sqrt(x: Array) -> Array:
     """Square root. In a torch graph its derivative at 0 is taken as 0, so that a zero gradient does not make NaN."""
     if isinstance(x, (np.ndarray, np.generic)):
         return np.sqrt(x)
+    if isinstance(x, Traced):
+        return unary("sqrt", x)
     if is_number(x):
         return math.sqrt(x)
     torch = sys.modules["torch"]
@@ -68,6 +73,8 @@ def absolute(x: Array) -> Array:
 
 def sign(x: Array) -> Array:
     """x / abs(x), 0 at 0, NaN at NaN; complex numbers keep their phase."""
+    if isinstance(x, Traced):
+        return unary("sign", x)
     xp = namespace(x)
     if xp is np:
         return np.sign(x)
@@ -78,6 +85,8 @@ def where(condition: Array, a: Array, b: Array) -> Array:
     """a where the condition holds, else b. A Python bool chooses one of the two."""
     if isinstance(condition, (bool, np.bool_)):
         return a if condition else b
+    if isinstance(condition, Traced):
+        return select(condition, a, b)
     return namespace(condition).where(condition, a, b)
 
 
@@ -92,6 +101,8 @@ def minimum(a: Array, b: Array) -> Array:
 
 
 def _extremum(name: str, clamp: str, a: Array, b: Array) -> Array:
+    if isinstance(a, Traced) or isinstance(b, Traced):
+        return extremum(name[:3], a, b)
     if kind(a) is None and kind(b) is not None:
         a, b = b, a
     if kind(a) == "torch":

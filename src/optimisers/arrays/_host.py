@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import RuleError
 from ._kinds import Array, kind
+from ._traced import Traced
 
 
 def is_concrete(x: Array) -> bool:
@@ -77,6 +78,8 @@ def host_int(value: Array, what: str) -> int:
     """A counter as a Python int. Inside ``torch.func`` transforms and ``torch.compile`` it cannot be read: RuleError."""
     if isinstance(value, (int, np.integer)):
         return int(value)
+    if isinstance(value, Traced):
+        return value  # type: ignore[return-value]
     if not is_concrete(value):
         msg = (
             f"{what} decides from a step counter on the host, which cannot be read inside torch.func.vmap or torch.compile; "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import cast as typed
 
 import numpy as np
 
 from ..errors import HyperParameterError
+from ._traced import FLOATS, HALF, HOST, Traced, cast
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -17,10 +19,9 @@ if TYPE_CHECKING:
 Array: TypeAlias = Any
 """A NumPy array or a torch tensor (or, for scalars, a Python number)."""
 
-HALF = frozenset({"float16", "bfloat16"})
 _COMPLEX_OF = {"float16": "complex64", "bfloat16": "complex64", "float32": "complex64", "float64": "complex128"}
 _REAL_OF = {"complex64": "float32", "complex128": "float64", "complex32": "float16"}
-FLOATS = frozenset(_COMPLEX_OF)
+_HOST_DTYPES = frozenset({HOST, "int", "bool"})
 _NAMES: dict[Any, str] = {}  # dtype -> name; making the string anew costs more than a small step
 
 
@@ -30,17 +31,19 @@ def torch_if_loaded() -> ModuleType | None:
 
 
 def kind(x: object) -> str | None:
-    """``"numpy"`` or ``"torch"`` for an array, None for anything else (NumPy scalars included)."""
+    """``"numpy"``, ``"torch"`` or ``"traced"`` for an array, None for anything else (NumPy scalars included)."""
     if isinstance(x, np.ndarray):
         return "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return "torch"
-    return None
+    return "traced" if isinstance(x, Traced) and x.dtype not in _HOST_DTYPES else None
 
 
 def is_number(x: object) -> bool:
     """Whether x is a Python or NumPy scalar (not a 0-d array)."""
+    if isinstance(x, Traced):
+        return x.dtype in _HOST_DTYPES
     return isinstance(x, (int, float, complex, np.generic)) and not isinstance(x, (bool, np.bool_))
 
 
@@ -74,7 +77,7 @@ def as_dtype_name(dtype: object) -> str:
         name = str(dtype).removeprefix("torch.")
     else:
         try:
-            name = np.dtype(cast("Any", dtype)).name
+            name = np.dtype(typed("Any", dtype)).name
         except TypeError:
             name = repr(dtype)
     if name not in FLOATS:
@@ -87,6 +90,8 @@ def is_inexact(x: Array) -> bool:
     """Whether x holds real or complex floating point numbers."""
     if isinstance(x, (np.ndarray, np.generic)):
         return x.dtype.kind in "fc"
+    if isinstance(x, Traced):
+        return x.dtype in FLOATS
     return bool(x.is_floating_point() or x.is_complex())
 
 
@@ -104,6 +109,8 @@ def real_dtype(name: str) -> str:
 
 def cast_to(x: Array, name: str) -> Array:
     """x in the dtype of that name (x itself if it has it already). A complex x takes the complex dtype of that precision."""
+    if isinstance(x, Traced):
+        return cast(x, name)
     if is_complex(x):
         name = _COMPLEX_OF.get(name, name)
     if dtype_name(x) == name:

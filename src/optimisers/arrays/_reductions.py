@@ -10,6 +10,8 @@ import numpy as np
 
 from ._elementwise import sqrt
 from ._kinds import Array, cast_to, dtype_name, kind, namespace, real_dtype
+from ._traced import Traced, count_where, unary_test
+from ._traced import norm as traced_norm
 
 
 def norm(x: Array, p: float = 2.0) -> Array:
@@ -18,6 +20,8 @@ def norm(x: Array, p: float = 2.0) -> Array:
     Accumulated in float64 and scaled where float64 itself would over- or underflow, so that a finite array has a finite
     norm.
     """
+    if isinstance(x, Traced):
+        return traced_norm(x, p)
     xp = namespace(x)
     if xp is not np and dtype_name(x) not in {"float64", "complex128"} and p not in {math.inf, -math.inf, 0} and x.numel():
         return xp.linalg.vector_norm(abs(x) if x.is_complex() else x, p, dtype=xp.float64)
@@ -47,6 +51,8 @@ def norm(x: Array, p: float = 2.0) -> Array:
 
 def count_nonfinite(x: Array) -> Array:
     """The number of infinite and NaN elements, 0-d."""
+    if isinstance(x, Traced):
+        return count_where(~unary_test("isfinite", x))
     if isinstance(x, np.ndarray):
         return np.count_nonzero(~np.isfinite(x))
     return sys.modules["torch"].count_nonzero(x - x)  # 0 or NaN; several times faster than isfinite on a CPU
@@ -63,7 +69,7 @@ def stack(values: Sequence[Array]) -> Array:
     """0-d numbers as one vector, a tensor if one of them is a tensor."""
     first = next((value for value in values if kind(value) == "torch"), None)
     if first is None:
-        return np.stack(values)
+        return np.array(values)
     torch = sys.modules["torch"]
     return torch.stack([v if kind(v) == "torch" else torch.as_tensor(v, device=first.device) for v in values])
 

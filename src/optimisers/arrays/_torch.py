@@ -18,6 +18,13 @@ def is_transformed(x: torch.Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(x))
 
 
+def is_ordinary() -> bool:
+    """Whether tensors are what they seem here: no torch.func transform, no trace and no dispatch mode is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.maybe_current_level() is None and torch._C._len_torch_dispatch_stack() == 0
+
+
 def is_concrete(x: torch.Tensor) -> bool:
     """Whether ``x.item()`` would give x's value, without a graph and without leaving the host."""
     if torch.compiler.is_compiling() or x.requires_grad or x.device.type != "cpu":

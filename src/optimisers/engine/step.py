@@ -5,8 +5,10 @@ Nothing is written: the caller is given new states and new parameters, and nothi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,83 +36,131 @@ class Outcome(NamedTuple):
     x: Any
 
 
+class Request(NamedTuple):
+    """A measure of one array or of many, to be combined over a scope."""
+
+    rule: MeasuredRule
+    values: list[tuple[Any, ...]]
+
+
+class Track(ABC):
+    """One array, or a group of them, on the way through its rule. It stops wherever others have to come so far."""
+
+    rule: AbstractRule
+    passed: Counter[str]
+
+    @abstractmethod
+    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
+        """Go on, with the combined measure that was asked for last; None at the end."""
+
+    @abstractmethod
+    def paths(self) -> list[str]:
+        """The arrays on this track, for errors."""
+
+    def finite_checks(self) -> list[str]:
+        """Faults that can be told without reading anything from a device."""
+        return []
+
+
+class Single(Track):
+    """One array, stepped by the rule itself."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.rule = job, job.rule
+        self.passed = Counter()
+        self.checks: list[Measurement] = []
+        self.result: Any = None
+        self._stages: Stages = in_working_precision(job.rule, job.state, job.x, job.dx)
+
+    def paths(self) -> list[str]:
+        return [self.job.path]
+
+    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
+        if measure is not None:
+            measure = _beside(measure, self.job.x)
+        try:
+            with locating(self.job.path):
+                request = self._stages.send(measure)  # type: ignore[arg-type]
+                while True:
+                    if request.rule.checks:
+                        self.checks.append(request)
+                    if request.rule.scope is not None:
+                        return Request(request.rule, [request.value])
+                    request = self._stages.send(request.rule.combine([request.value]))
+        except StopIteration as stop:
+            self.result = stop.value
+            return None
+
+    def outcome(self) -> Outcome:
+        """The result, checked."""
+        return _outcome(self.job, *self.result)
+
+
 def step(jobs: Sequence[Job]) -> list[Outcome]:
-    """Step all arrays once.
+    """Step arrays once, each by its rule itself.
 
     Raises NonFiniteError, naming the arrays, if a rule that checks its measure finds a fault (one synchronisation for
     all of them), and RuleError if a rule returns what it must not.
     """
-    if any(isinstance(job.x, np.ndarray) for job in jobs):
-        with np.errstate(all="ignore"):  # overflow and division by zero give inf and NaN, as in torch
-            return _Run(jobs).outcomes()
-    return _Run(jobs).outcomes()
+    tracks = [Single(job) for job in jobs]
+    with quiet(jobs):
+        run(tracks)
+        return [track.outcome() for track in tracks]
 
 
-class _Run:
-    """The stages of all jobs, run side by side: each until it ends or has to wait for others of its scope."""
+def quiet(jobs: Sequence[Job]) -> AbstractContextManager[Any]:
+    """NumPy without warnings: overflow and division by zero give inf and NaN, as in torch."""
+    return np.errstate(all="ignore") if any(isinstance(job.x, np.ndarray) for job in jobs) else nullcontext()
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-        self.stages: list[Stages] = [in_working_precision(job.rule, job.state, job.x, job.dx) for job in jobs]
-        self.results: list[Any] = [None] * len(jobs)
-        self.waiting: dict[int, Measurement] = {}
-        self.checks: list[tuple[int, Measurement]] = []
-        self.passed: list[Counter[str]] = [Counter() for _ in jobs]
 
-    def outcomes(self) -> list[Outcome]:
-        for i in range(len(self.jobs)):
-            self._advance(i, None)
-        while self.waiting:
-            self._release(self._next_scope())
-        self._check()
-        return [_outcome(job, *result) for job, result in zip(self.jobs, self.results, strict=True)]
+def run(tracks: Sequence[Track]) -> None:
+    """Take all tracks to their end, side by side; NonFiniteError if a check finds a fault. Nothing is written."""
+    waiting: dict[int, Request] = {}
 
-    def _advance(self, i: int, measure: tuple[Any, ...] | None) -> None:
-        try:
-            with locating(self.jobs[i].path):
-                request = self.stages[i].send(measure)  # type: ignore[arg-type]
-                while True:
-                    if request.rule.checks:
-                        self.checks.append((i, request))
-                    if request.rule.scope is not None:
-                        self.waiting[i] = request
-                        return
-                    request = self.stages[i].send(request.rule.combine([request.value]))
-        except StopIteration as stop:
-            self.results[i] = stop.value
+    def advance(i: int, measure: tuple[Any, ...] | None) -> None:
+        request = tracks[i].advance(measure)
+        if request is not None:
+            waiting[i] = request
 
-    def _release(self, scope: str) -> None:
-        members = [i for i, request in self.waiting.items() if request.rule.scope == scope]
-        requests = [self.waiting.pop(i) for i in members]
-        combined = requests[0].rule.combine(_on_one_device([request.value for request in requests]))
+    for i in range(len(tracks)):
+        advance(i, None)
+    while waiting:
+        scope = _next_scope(tracks, waiting)
+        members = [i for i, request in waiting.items() if request.rule.scope == scope]
+        requests = [waiting.pop(i) for i in members]
+        combined = requests[0].rule.combine(_on_one_device([value for request in requests for value in request.values]))
         for i in members:
-            self.passed[i][scope] += 1
-            self._advance(i, _beside(combined, self.jobs[i].x))
+            tracks[i].passed[scope] += 1
+            advance(i, combined)
+    _check(tracks)
 
-    def _next_scope(self) -> str:
-        """A scope that no waiting array will come to later: then all its members are here."""
-        held = {id(rule): _scopes(rule) for rule in {id(job.rule): job.rule for job in self.jobs}.values()}
-        ahead = {i: held[id(self.jobs[i].rule)] - self.passed[i] for i in self.waiting}
-        present = {i: str(request.rule.scope) for i, request in self.waiting.items()}
-        for scope in present.values():
-            if all(present[i] == scope or ahead[i][scope] == 0 for i in self.waiting):
-                return scope
-        paths = ", ".join(repr(self.jobs[i].path) for i in list(self.waiting)[:4])
-        scopes = " and ".join(sorted(set(present.values())))
-        msg = f"the chains of {paths} hold {scopes} in opposite orders, so none can be measured first; use one order in all"
-        raise RuleError(msg)
 
-    def _check(self) -> None:
-        checks = [(i, r) for i, r in self.checks if all(can_read(value) for value in r.value)]
-        faults = []
-        for (i, request), values in zip(checks, read_all([r.value for _, r in checks]), strict=True):
-            fault = request.rule.fault(values)
-            if fault is not None:
-                faults.append(f"{type(request.rule).__name__} at {self.jobs[i].path!r}: {fault}")
-        if faults:
-            more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-            advice = "Nothing was changed. Look at these gradients, skip the step, or set throw=False to let them through"
-            raise NonFiniteError("\n".join(faults[:5]) + more + f"\n{advice}")
+def _next_scope(tracks: Sequence[Track], waiting: dict[int, Request]) -> str:
+    """A scope that no waiting array will come to later: then all its members are here."""
+    held = {id(rule): _scopes(rule) for rule in {id(track.rule): track.rule for track in tracks}.values()}
+    ahead = {i: held[id(tracks[i].rule)] - tracks[i].passed for i in waiting}
+    present = {i: str(request.rule.scope) for i, request in waiting.items()}
+    for scope in present.values():
+        if all(present[i] == scope or ahead[i][scope] == 0 for i in waiting):
+            return scope
+    paths = ", ".join(repr(tracks[i].paths()[0]) for i in list(waiting)[:4])
+    scopes = " and ".join(sorted(set(present.values())))
+    msg = f"the chains of {paths} hold {scopes} in opposite orders, so none can be measured first; use one order in all"
+    raise RuleError(msg)
+
+
+def _check(tracks: Sequence[Track]) -> None:
+    singles = [track for track in tracks if isinstance(track, Single)]
+    checks = [(t.job.path, r) for t in singles for r in t.checks if all(can_read(value) for value in r.value)]
+    faults = [fault for track in tracks for fault in track.finite_checks()]
+    for (path, request), values in zip(checks, read_all([r.value for _, r in checks]), strict=True):
+        fault = request.rule.fault(values)
+        if fault is not None:
+            faults.append(f"{type(request.rule).__name__} at {path!r}: {fault}")
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        advice = "Nothing was changed. Look at these gradients, skip the step, or set throw=False to let them through"
+        raise NonFiniteError("\n".join(faults[:5]) + more + f"\n{advice}")
 
 
 def _scopes(rule: AbstractRule) -> Counter[str]:

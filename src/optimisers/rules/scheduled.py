@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..arrays import Array, host_int, kind
+from ..arrays import Array, Traced, host_int, kind
 from ..errors import HyperParameterError, RuleError, UnknownFieldError, not_a_rule
 from ._adjust import field_names, refuse_structural, set_fields, with_eta
 from ._base import AbstractRule, CompositeRule, Law, Stages, State, children, walk
@@ -57,6 +57,8 @@ class Scheduled(CompositeRule):
 
     def at(self, step: int) -> AbstractRule:
         """The rule with the values that the schedules give for this step (a count from 0)."""
+        if isinstance(step, Traced):
+            return step.tracer.scheduled(self, step)  # type: ignore[no-any-return]
         return _at(self, step)
 
     def replace(self, **changes: Any) -> Scheduled:

@@ -9,7 +9,7 @@ from ..rules._adjust import Change, adjust_rule
 from ..rules._base import AbstractRule
 from ..tree.entry import Leaf
 from ..tree.select import selected
-from ..tree.state import StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive, reruled
 
 Target = TypeVar("Target", StateTree, Leaf, AbstractRule)
 
@@ -74,7 +74,7 @@ def _adjust_tree(state: StateTree, change: Change, where: Any) -> StateTree:
     done: dict[tuple[int, int], AbstractRule] = {}  # leaves that share a rule go on sharing it
     found: set[str] = set()
     entries, rules = [], []
-    for slot, entry, hit in zip(state._slots, state._entries, chosen, strict=True):
+    for slot, entry, hit in zip(state._slots, state._heads, chosen, strict=True):
         if not hit or entry.rule is None or entry.base is None:
             entries.append(entry)
             continue
@@ -86,4 +86,4 @@ def _adjust_tree(state: StateTree, change: Change, where: Any) -> StateTree:
             rules.append(entry.rule)
         entries.append(entry.replace(rule=done[key]))
     change.refuse_unfound(found, rules)
-    return rebuilt(state, entries)
+    return reruled(state, entries)

@@ -7,7 +7,7 @@ from typing import Any
 from ..arrays import kind
 from ..errors import ArgumentError, SelectionError
 from ..tree.select import describe, selected
-from ..tree.state import StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive, reruled
 
 
 def freeze(state: StateTree, *, where: Any = None) -> StateTree:
@@ -40,13 +40,13 @@ def _with_frozen(state: StateTree, where: Any, verb: str, *, frozen: bool) -> St
         raise ArgumentError(msg)
     check_alive(state)
     chosen = selected([slot.param for slot in state._slots], where)
-    if not any(hit and entry.rule is not None for hit, entry in zip(chosen, state._entries, strict=True)):
+    if not any(hit and entry.rule is not None for hit, entry in zip(chosen, state._heads, strict=True)):
         msg = f"{verb}: where={describe(where)} selects only parameters that setup was told not to train; set up a new state"
         raise SelectionError(msg)
-    return rebuilt(
+    return reruled(
         state,
         [
             entry.replace(frozen=frozen) if hit and entry.rule is not None else entry
-            for hit, entry in zip(chosen, state._entries, strict=True)
+            for hit, entry in zip(chosen, state._heads, strict=True)
         ],
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..arrays import Array, can_read, cast_to, dtype_name, norm, working_dtype
+from ..engine.advance import jobs_of
 from ..engine.step import Job, read_all, step
 from ..errors import ArgumentError, described
 from ..rules import ClipGrad
@@ -74,7 +75,8 @@ def metrics(
     if not (by is None or callable(by) or (isinstance(by, int) and not isinstance(by, bool) and by >= 0)):
         msg = f"metrics: by= takes a number of leading keys >= 0, or a function from Param to a name; got {described(by)}"
         raise ArgumentError(msg)
-    jobs = prepare(state, model, grads, from_module=grads is None and module).jobs
+    work = prepare(state, model, grads, from_module=grads is None and module)
+    jobs = jobs_of(state, state._entries, work.xs, work.dxs, range(len(work.xs)))
     with no_grad():
         if after is None:
             watched = {i: _watched(job) for i, job in jobs.items()}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from ..arrays import address, dtype_name, kind, share_memory, torch_if_loaded
-from ..engine.step import Job, Outcome, step
-from ..errors import ArgumentError, StructureError, TieError, described
+from ..arrays import dtype_name, kind, share_memory, torch_if_loaded
+from ..engine.advance import advance
+from ..engine.groups import Held
+from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
-from ..tree.entry import Entry, Lease, device_of, host_state, numbers_in
+from ..tree.entry import Entry, device_of
 from ..tree.gradients import gradient_of
 from ..tree.leaves import Slot
 from ..tree.paths import shown
-from ..tree.state import StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive
 from ..tree.structure import is_module
 
 
@@ -42,16 +44,15 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
         )
         raise ArgumentError(msg)
     work = prepare(state, model, grads)
-    outcomes, graph = _run(work, differentiable=differentiable)
+    stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
-    for i, outcome in outcomes.items():
-        if outcome.x is not None:
-            for place in state._slots[i].places:
-                value = permuted(outcome.x, place.permutation)
-                leaves[place.leaf] = finished(value, leaves[place.leaf], graph=graph)
+    for i, value in stepped.values.items():
+        places = state._slots[i].places
+        for place in places:
+            leaves[place.leaf] = finished(permuted(value, place.permutation), leaves[place.leaf], graph=stepped.graph)
+        if len(places) > 1:
             retie(state._slots[i], leaves)
-    new = _entries(state, outcomes, Lease(), consume=False)
-    return rebuilt(state, new), state._structure.unflatten(model, leaves)
+    return stepped.state, state._structure.unflatten(model, leaves)
 
 
 def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree, Any]:
@@ -63,39 +64,41 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     """
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module)
-    _refuse_new_ties(work.jobs)
     with no_grad():
-        outcomes, _ = _run(work, differentiable=False)
+        stepped = advance(state, work.xs, work.dxs, work.regular, in_place=True)
         leaves = list(work.leaves)
         replaced = False
-        for i, outcome in outcomes.items():
-            if outcome.x is None:
-                continue
+        values = stepped.values
+        if isinstance(stepped.state._held, Held):  # places that setup saw tied, and that are apart now
+            values |= {i: work.xs[i] for i in stepped.state._held.tied if work.dxs[i] is not None and i not in values}
+        for i, new in values.items():
             written: list[Any] = []
             for place in state._slots[i].places:
                 x = leaves[place.leaf]
                 if any(share_memory(x, other) for other in written):
                     continue
-                value = permuted(outcome.x, place.permutation)
-                if _write(x, value):
+                value = permuted(new, place.permutation)
+                if value is x or _write(x, value):
                     written.append(x)
                 else:
                     replaced, leaves[place.leaf] = True, value
-    new = _entries(state, outcomes, Lease(), consume=True)
-    result = state._structure.unflatten(model, leaves) if replaced and not module else model
-    return rebuilt(state, new), result
+    return stepped.state, state._structure.unflatten(model, leaves) if replaced and not module else model
 
 
 class Work(NamedTuple):
     """What a step is about to do."""
 
     leaves: list[Any]
-    jobs: dict[int, Job]
-    """For each slot that is to be stepped."""
+    xs: list[Any]
+    """For each slot the parameter."""
+    dxs: list[Any]
+    """For each slot the gradient, None if it is not to be stepped."""
+    regular: list[bool]
+    """For each group that the state holds whether its arrays are as they were when it was made."""
 
 
 def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False) -> Work:
-    """The leaves of the model, and a job for every slot that has a gradient and is not frozen."""
+    """The parameters and gradients of all slots, checked."""
     if not isinstance(state, StateTree):
         hint = "; the order is update(state, model, grads)" if isinstance(model, StateTree) else ""
         msg = f"update: expected the state that setup returned, got {described(state)}{hint}"
@@ -104,19 +107,39 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
         msg = "update: a state stands where the model or the gradient should; the order is update(state, model, grads)"
         raise ArgumentError(msg)
     check_alive(state)
-    structure = state._structure
-    leaves = checked_leaves(state, model)
+    structure, slots = state._structure, state._slots
+    leaves = structure.flatten(model)
     given = [leaf.grad for leaf in leaves] if from_module else structure.align(model, grads)
-    jobs: dict[int, Job] = {}
-    for i, (slot, entry) in enumerate(zip(state._slots, state._entries, strict=True)):
-        if entry.frozen or entry.rule is None:
+    xs = [leaves[slot.places[0].leaf] for slot in slots]
+    dxs = [given[slot.places[0].leaf] for slot in slots]
+    held = state._held
+    if not isinstance(held, Held):
+        _check(state, range(len(slots)), xs, dxs, given)
+        return Work(leaves, xs, dxs, [])
+    for i in held.idle:
+        dxs[i] = None
+    _check(state, held.apart, xs, dxs, given)
+    regular = []
+    for generation in held.generations:
+        group = generation.group
+        alike = group.admits([xs[i] for i in group.slots], [dxs[i] for i in group.slots])
+        regular.append(alike)
+        if not alike:
+            _check(state, group.slots, xs, dxs, given)
+    return Work(leaves, xs, dxs, regular)
+
+
+def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any]) -> None:
+    """Check parameters and gradients of some slots one by one, and add the gradients of tied places."""
+    for i in chosen:
+        slot, head = state._slots[i], state._heads[i]
+        _check_parameter(slot, xs[i])
+        if head.frozen or head.rule is None:
+            dxs[i] = None
             continue
-        x = leaves[slot.places[0].leaf]
-        dx = gradient_of(slot, x, given, structure.paths)
-        if dx is not None:
-            _check_device(slot, entry, x)
-            jobs[i] = Job(slot.path or "(the array)", entry.rule, host_state(entry), x, dx)
-    return Work(leaves, jobs)
+        dxs[i] = gradient_of(slot, xs[i], given, state._structure.paths)
+        if dxs[i] is not None:
+            _check_device(slot, state._heads[i], xs[i])
 
 
 def _check_device(slot: Slot, entry: Entry, x: Any) -> None:
@@ -148,51 +171,6 @@ def _check_parameter(slot: Slot, x: Any) -> None:
         f"{slot.dtype}, got {got}. Set up a new state for the changed model"
     )
     raise StructureError(msg)
-
-
-def _run(work: Work, *, differentiable: bool) -> tuple[dict[int, Outcome], bool]:
-    """The outcomes of all jobs, and whether they carry a graph."""
-    if torch_if_loaded() is None or not any(kind(job.x) == "torch" for job in work.jobs.values()):
-        return dict(zip(work.jobs, step(list(work.jobs.values())), strict=True)), False
-    from ..engine import torch_graph
-
-    graph = differentiable or torch_graph.wants_graph(work.jobs.values())
-    with torch_graph.mode(graph=graph):
-        jobs = work.jobs.values()
-        return dict(zip(work.jobs, step(list(jobs)), strict=True)), graph
-
-
-def _refuse_new_ties(jobs: dict[int, Job]) -> None:
-    """Raise TieError if arrays that setup saw apart are now one, which would be written twice."""
-    seen: dict[tuple[str, int], str] = {}
-    for job in jobs.values():
-        start = address(job.x)
-        if start is not None and seen.setdefault(start, job.path) != job.path:
-            msg = (
-                f"{seen[start]!r} and {job.path!r} were two arrays at setup and are one now, so update_ would step it twice; "
-                "set up a new state, which finds the tie"
-            )
-            raise TieError(msg)
-
-
-def _entries(state: StateTree, outcomes: dict[int, Outcome], lease: Lease, *, consume: bool) -> list[Entry]:
-    """The entries after a step. What was not stepped still shares its arrays with the old state, unless that is consumed."""
-    new = []
-    for i, entry in enumerate(state._entries):
-        if i in outcomes:
-            after = outcomes[i].state
-            known = entry.numbers if _same_length(after, entry) else numbers_in(after)
-            new.append(entry.replace(state=after, numbers=known, lease=lease))
-        else:
-            new.append(entry.replace(lease=lease) if consume else entry)
-    if consume:
-        for entry in state._entries:
-            entry.lease.ended = True
-    return new
-
-
-def _same_length(after: Any, entry: Entry) -> bool:
-    return len(numbers_in(after)) == len(entry.numbers)
 
 
 def finished(new: Any, old: Any, *, graph: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -22,6 +23,28 @@ class Lease:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return Lease()
+
+    @staticmethod
+    def of(leases: Iterable[Lease]) -> Lease:
+        """The right to use memory for which all of these are needed."""
+        distinct = tuple(dict.fromkeys(leases))
+        return distinct[0] if len(distinct) == 1 else JointLease(distinct)
+
+
+class JointLease(Lease):
+    """The right to use memory for which several leases are needed. To end it is to end them all."""
+
+    def __init__(self, leases: tuple[Lease, ...]) -> None:
+        self.leases = leases
+
+    @property  # type: ignore[override]
+    def ended(self) -> bool:
+        return any(lease.ended for lease in self.leases)
+
+    @ended.setter
+    def ended(self, value: bool) -> None:
+        for lease in self.leases:
+            lease.ended = value
 
 
 @final

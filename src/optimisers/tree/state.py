@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Protocol, final
 
 import optree
 
@@ -20,6 +20,22 @@ from .show import state_table
 from .structure import ModuleStructure, Structure, TreeStructure
 
 
+class HeldStates(Protocol):
+    """States that the engine holds by group, to be shown by leaf."""
+
+    def is_empty(self) -> bool:
+        """Whether no state is held so."""
+
+    def entry(self, slot: int, head: Entry) -> Entry:
+        """The entry of a slot, whatever holds its state."""
+
+    def ended(self, heads: Sequence[Entry]) -> bool:
+        """Whether ``update_`` has taken over memory of these states."""
+
+    def with_heads(self, heads: Sequence[Entry]) -> HeldStates | None:
+        """The same states with other rules; None if they cannot be held by group any more."""
+
+
 @final
 class StateTree:
     """The state of a rule, or of many, over a model: what `setup` returns.
@@ -31,18 +47,35 @@ class StateTree:
     of rules that are tensors; a tied array appears once.
     """
 
-    __slots__ = ("_entries", "_slots", "_structure")
+    __slots__ = ("_heads", "_held", "_slots", "_structure", "_whole")
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     _structure: Structure
     _slots: tuple[Slot, ...]
-    _entries: tuple[Entry, ...]
+    _heads: tuple[Entry, ...]
+    """The entries, but states that are held by group are out of date in them, and so are their leases."""
+    _held: HeldStates | None
+    _whole: tuple[Entry, ...] | None
 
-    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry]) -> None:
+    def __init__(
+        self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry], held: HeldStates | None = None
+    ) -> None:
+        heads = tuple(entries)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_slots", slots)
-        object.__setattr__(self, "_entries", tuple(entries))
+        object.__setattr__(self, "_heads", heads)
+        object.__setattr__(self, "_held", held)
+        object.__setattr__(self, "_whole", heads if held is None or held.is_empty() else None)
         _register_with_torch()
+
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        """What is kept for each slot; states that are held by group are shown by leaf."""
+        if self._whole is None:
+            held: Any = self._held
+            shown = tuple(held.entry(i, head) for i, head in enumerate(self._heads))
+            object.__setattr__(self, "_whole", shown)
+        return self._whole  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
         msg = "a state tree is immutable; use adjust, freeze and thaw, which return a new one"
@@ -159,7 +192,7 @@ class StateTree:
         )
 
     def __repr__(self) -> str:
-        if any(entry.lease.ended for entry in self._entries):
+        if _has_ended(self):
             return "StateTree(consumed by update_)"
         return state_table(
             [(slot, e.rule, e.state, e.frozen, e.reason) for slot, e in zip(self._slots, self._entries, strict=True)]
@@ -168,18 +201,33 @@ class StateTree:
 
 def check_alive(state: StateTree) -> None:
     """Raise ConsumedStateError if ``update_`` has taken over memory that this state holds."""
-    for entry in state._entries:
-        if entry.lease.ended:
-            msg = (
-                "this state was consumed by update_, which re-used its memory. Go on with the state that update_ returned, or "
-                "use update, which leaves its arguments as they are"
-            )
-            raise ConsumedStateError(msg)
+    if _has_ended(state):
+        msg = (
+            "this state was consumed by update_, which re-used its memory. Go on with the state that update_ returned, or "
+            "use update, which leaves its arguments as they are"
+        )
+        raise ConsumedStateError(msg)
+
+
+def _has_ended(state: StateTree) -> bool:
+    if state._held is not None:
+        return state._held.ended(state._heads)
+    return any(entry.lease.ended for entry in state._heads)
 
 
 def rebuilt(state: StateTree, entries: Iterable[Entry]) -> StateTree:
     """The same tree with other entries."""
     return StateTree(state._structure, state._slots, entries)
+
+
+def reruled(state: StateTree, heads: Iterable[Entry]) -> StateTree:
+    """The same states with other rules, or frozen ones: ``heads`` are the tree's own but for these."""
+    new = tuple(heads)
+    held = None if state._held is None else state._held.with_heads(new)
+    if state._held is not None and held is None:
+        whole = state._entries
+        new = tuple(e.replace(rule=h.rule, base=h.base, frozen=h.frozen) for e, h in zip(whole, new, strict=True))
+    return StateTree(state._structure, state._slots, new, held)
 
 
 # --- pytree ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+"""One step of a group of parameters by compiled loops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Traced, Untraceable, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
+from ..rules._base import MeasuredRule
+from ..rules._norm import NormRule
+from ..tree.entry import Lease
+from .groups import Generation, Group, Variant, Vector, addresses_of, element_strides, inner, is_plain
+from .loops import Loops
+from .memory import SMALL, Column, Pool
+from .program import COMPILED, Boundary
+from .source import pointer_names
+from .step import Request, Track
+
+
+class Missed(Exception):  # noqa: N818 (a signal)
+    """A measure came out otherwise than the program was traced for, so the rules themselves have to be run."""
+
+
+class GroupStep:
+    """A step of the parameters of a group.
+
+    ``xs`` are all of them, ``dxs`` their gradients, None for those that take no step.
+    """
+
+    def __init__(
+        self, generation: Generation, xs: Sequence[Any], dxs: list[Any], *, regular: bool
+    ) -> None:
+        self.generation, self.group, self.xs, self.dxs = generation, generation.group, xs, dxs
+        self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
+        if not regular:
+            self._one_dtype()
+        self.x_addresses = addresses_of(xs)
+        self.dx_addresses = self._dx_addresses()
+        dx_dtype = dtype_name(dxs[int(self.members[0])])
+        parts = self.group.partition(self.members, generation.counters, dx_dtype)
+        self.tracks = [GroupTrack(self, variant, members, matrix) for variant, members, matrix in parts]
+        for track in self.tracks:
+            track.point()
+
+    def _one_dtype(self) -> None:
+        """Make all gradients of one dtype in which loops read them, and laid out as the parameters are."""
+        group = self.group
+        present = [self.dxs[i] for i in self.members]
+        mixed = len({dx.dtype for dx in present}) > 1 or dtype_name(present[0]) not in COMPILED
+        wide = working_dtype(group.dtype)
+        for i in self.members:
+            dx = cast_to(self.dxs[i], wide) if mixed else self.dxs[i]
+            if not is_plain(dx) or element_strides(dx) != group.strides[i]:
+                dx = _laid_out_as(self.xs[i], dx)
+            self.dxs[i] = dx
+
+    def _dx_addresses(self) -> Vector:
+        if len(self.members) == self.group.count:
+            return addresses_of(self.dxs)
+        found = np.zeros(self.group.count, np.uint64)
+        found[self.members] = addresses_of([self.dxs[i] for i in self.members])
+        return found
+
+    def writes(self) -> Iterator[tuple[Vector, Vector]]:
+        """(first byte, end) of what a step in place writes."""
+        sizes = self.group.sizes.astype(np.uint64)
+        yield self.x_addresses, self.x_addresses + sizes * np.uint64(self.xs[0].itemsize)
+        for k in range(len(self.group.arrays)):
+            column = self.generation.columns[k]
+            size = 4 if self.group.form[self.group.arrays[k]].dtype == "float32" else 8
+            yield column.addresses, column.addresses + sizes * np.uint64(size)
+
+    def part_from(self, starts: Vector, ends: Vector) -> None:
+        """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient."""
+        size = np.uint64(self.dxs[int(self.members[0])].itemsize)
+        first = self.dx_addresses
+        last = first + self.group.sizes.astype(np.uint64) * size
+        before = np.searchsorted(starts, last, "left") - 1
+        hit = (before >= 0) & (ends[np.maximum(before, 0)] > first) & (first != self.x_addresses)
+        hit = hit[self.members]
+        for i in self.members[hit]:
+            self.dxs[i] = _laid_out_as(self.xs[i], self.dxs[i])
+            self.dx_addresses[i] = addresses_of([self.dxs[i]])[0]
+        if hit.any():
+            for track in self.tracks:
+                track.point()
+
+    def commit(self, pool: Pool | None, number: int, lease: Lease) -> tuple[Generation, dict[int, Any]]:
+        """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
+
+        Memory that is new or taken over has this lease; what an old state still has a part in keeps its own.
+        """
+        group, old = self.group, self.generation
+        if pool is None:
+            columns = [column.leased(lease) for column in old.columns]
+            new_xs = None
+        else:
+            columns = self._fresh_columns(pool, number, lease)
+            new_xs = self._fresh_parameters(pool, number)
+        counters = old.counters.copy()
+        for track in self.tracks:
+            track.write(new_xs, columns)
+            track.count(counters)
+        if new_xs is None and group.library == "torch":
+            _bump_versions([self.xs[i] for track in self.tracks if track.program.steps for i in track.members])
+        return Generation(group, columns, counters), new_xs or {}
+
+    def _fresh_columns(self, pool: Pool, number: int, lease: Lease) -> list[Column]:
+        group, old = self.group, self.generation
+        columns = []
+        for k, i in enumerate(group.arrays):
+            writers = [t.members for t in self.tracks if any(name == f"s{i}" for name, _ in t.program.last.stores)]
+            before = old.columns[k]
+            if not writers:
+                columns.append(before)
+                continue
+            column = Column.fresh(group.layout(), pool, _native(group, group.form[i].dtype), (number, k), lease)
+            kept = np.ones(group.count, bool)
+            kept[np.concatenate(writers)] = False
+            shared = {}
+            for member in map(int, np.flatnonzero(kept)):
+                array = old.array(k, member)
+                if group.sizes[member] >= SMALL:
+                    shared[member] = array
+                else:
+                    _copy_into(column.array(member, group.shapes[member], group.strides[member]), array)
+            if shared:
+                column = column.replaced(
+                    shared, before.addresses[list(shared)], {member: before.lease_of(member) for member in shared}
+                )
+            columns.append(column)
+        return columns
+
+    def _fresh_parameters(self, pool: Pool, number: int) -> dict[int, Any]:
+        group = self.group
+        stepped = [int(i) for t in self.tracks if t.program.steps for i in t.members]
+        new: dict[int, Any] = {}
+        torch = torch_if_loaded()
+        empty_like = np.empty_like if group.library == "numpy" else torch.empty_like  # type: ignore[union-attr]
+        small = group.layout().shared
+        turn: Counter[int] = Counter()
+        for i in stepped:
+            if small[i]:
+                new[i] = empty_like(self.xs[i])
+            else:
+                size = int(group.sizes[i])
+                block = pool.take(size, group.native_dtype, (number, -1, turn[size]))
+                turn[size] += 1
+                new[i] = block.array(0, group.shapes[i], group.strides[i])
+        return new
+
+
+class GroupTrack(Track):
+    """The parameters of a group that one program steps."""
+
+    def __init__(self, step: GroupStep, variant: Variant, members: Vector, matrix: Vector) -> None:
+        self.step, self.variant, self.program, self.members, self.matrix = step, variant, variant.program, members, matrix
+        if variant.loops is None:
+            variant.loops = Loops.of(self.program)
+            if variant.loops is None:
+                raise Untraceable("loops cannot be compiled")
+        self.loops: Loops = variant.loops
+        self.rule = step.group.rules[int(members[0])]
+        self.passed = Counter()
+        self.work = step.group.work(members)
+        self._asked = 0
+        self._pass = 0
+        self._checked: list[tuple[Boundary, list[Any]]] = []
+        self.pointers: Vector
+
+    def paths(self) -> list[str]:
+        return [self.step.group.paths[int(i)] for i in self.members]
+
+    def point(self) -> None:
+        """Take the addresses of what is read."""
+        step, names = self.step, pointer_names(self.program)
+        self.pointers = np.zeros((step.group.count, len(names)), np.uint64)
+        self.pointers[:, 0] = step.x_addresses
+        self.pointers[:, 1] = step.dx_addresses
+        for k, column in enumerate(step.generation.columns):
+            self.pointers[:, 2 + k] = column.addresses
+
+    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
+        program = self.program
+        if measure is not None:
+            boundary = program.boundaries[self._asked - 1]
+            for name, value in zip(boundary.names or (), measure, strict=True):
+                self.matrix[:, program.columns[name]] = float(value)
+            self._check_guards(boundary)
+        while self._asked < len(program.boundaries):
+            boundary = program.boundaries[self._asked]
+            self._sum(self._asked)
+            self._asked += 1
+            rule: Any = inner(self.rule, boundary.where)
+            if rule.checks or boundary.names is not None:
+                values = [self._values(value) for value in boundary.values]
+                if rule.checks:
+                    self._checked.append((boundary, values))
+                if boundary.names is not None:
+                    return Request(rule, list(zip(*values, strict=True)))
+        self._sum(self._asked)
+        return None
+
+    def _sum(self, boundary: int) -> None:
+        """Run the passes that a measure needs."""
+        for this in self.program.before[boundary]:
+            sums = self.loops.run(self._pass, self.work, self.pointers, self.matrix)
+            self._pass += 1
+            for node, values in zip(this.reductions, sums, strict=True):
+                self.matrix[self.members, self.program.columns[node.value]] = values
+
+    def _inputs(self) -> dict[str, Vector]:
+        rows = self.matrix[self.members]
+        return {name: rows[:, k] for name, k in self.program.columns.items()}
+
+    def _values(self, node: Traced) -> Any:
+        """A number for each member."""
+        return np.broadcast_to(evaluated(node, self._inputs()), (len(self.members),))
+
+    def _check_guards(self, boundary: Boundary) -> None:
+        names = set(boundary.names or ())
+        inputs = {name: float(self.matrix[int(self.members[0]), k]) for name, k in self.program.columns.items()}
+        for node, value in self.program.guards:
+            if _mentions(node, names) and evaluated(node, inputs) != value:
+                raise Missed
+
+    def finite_checks(self) -> list[str]:
+        faults = []
+        for boundary, values in self._checked:
+            rule: Any = inner(self.rule, boundary.where)
+            usual = type(rule).fault in {MeasuredRule.fault, NormRule.fault}
+            if usual and all(np.isfinite(value).all() for value in values):
+                continue
+            for k, member in enumerate(self.members):
+                own: Any = inner(self.step.group.rules[int(member)], boundary.where)
+                fault = own.fault(tuple(float(value[k]) for value in values))
+                if fault is not None:
+                    faults.append(f"{type(own).__name__} at {self.step.group.paths[int(member)]!r}: {fault}")
+        return faults
+
+    def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
+        """Run the last pass. New parameters go to ``new_xs``, or into the old ones."""
+        group, names = self.step.group, pointer_names(self.program)
+        if not self.program.last.stores:
+            return
+        for k, i in enumerate(group.arrays):
+            if f"new s{i}" in names:
+                self.pointers[:, names.index(f"new s{i}")] = columns[k].addresses
+        if self.program.steps:
+            column = names.index("new x")
+            if new_xs is None:
+                self.pointers[:, column] = self.step.x_addresses
+            else:
+                self.pointers[self.members, column] = addresses_of([new_xs[int(i)] for i in self.members])
+        self.loops.run(self._pass, self.work, self.pointers, self.matrix)
+
+    def count(self, counters: Vector) -> None:
+        """Write the new numbers of the state."""
+        if not self.program.numbers:
+            return
+        inputs = self._inputs()
+        memo: dict[int, Any] = {}
+        for k, i in enumerate(self.step.group.numbers):
+            counters[self.members, k] = evaluated(self.program.numbers[f"c{i}"], inputs, memo)
+
+
+def _mentions(node: Traced, names: set[str]) -> bool:
+    return (node.op == "number" and node.value in names) or any(_mentions(arg, names) for arg in node.args)
+
+
+def _native(group: Group, name: str) -> Any:
+    if group.library == "numpy":
+        return np.dtype(name)
+    return getattr(torch_if_loaded(), name)
+
+
+def _copy_into(target: Any, source: Any) -> None:
+    if isinstance(target, np.ndarray):
+        target[...] = source
+    else:
+        target.copy_(source)
+
+
+def _laid_out_as(x: Any, dx: Any) -> Any:
+    """dx in memory of its own, with the strides of x."""
+    if isinstance(x, np.ndarray):
+        new = np.empty_like(x, dtype=dx.dtype, subok=False)
+        new[...] = dx
+        return new
+    torch: Any = torch_if_loaded()
+    return torch.empty_strided(x.shape, x.stride(), dtype=dx.dtype, device=x.device).copy_(dx.detach())
+
+
+def _bump_versions(tensors: list[Any]) -> None:
+    """Tell autograd that tensors were written, which a loop does behind its back."""
+    torch: Any = torch_if_loaded()
+    tracked = [x for x in tensors if not x.is_inference()]
+    torch.autograd.graph.increment_version(tracked)

@@ -1,0 +1,119 @@
+"""Compiled loops: running one over the pieces of many arrays, on as many threads as the libraries use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import torch_if_loaded
+from . import build
+from .program import Program
+from .source import all_passes, source
+
+_PIECE = 2**14  # elements of a piece: its arrays fit the second-level cache
+_UNIT = 2**15  # what a thread takes at a time, in elements
+_OVERHEAD = 64  # what a piece costs beside its elements, in elements
+_ALONE = 2**16  # less than this is not worth a second thread
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Table(NamedTuple):
+    """The work of a pass over some of a group's arrays."""
+
+    members: Ints
+    pieces: Ints
+    """(array, first element, number of elements) of each piece."""
+    first: Ints
+    """The first piece of each unit, and the end."""
+    starts: Ints
+    """The first piece of each array."""
+    elements: int
+
+
+def table(members: Ints, sizes: Ints) -> Table:
+    """The work over the given arrays; ``sizes`` are those of all arrays of the group, none of them empty."""
+    size = sizes[members]
+    counts = -(-size // _PIECE)
+    leaf = np.repeat(members, counts)
+    ends = np.cumsum(counts)
+    index = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+    start = index * _PIECE
+    n = np.minimum(np.repeat(size, counts) - start, _PIECE)
+    unit = np.cumsum(n + _OVERHEAD) // _UNIT
+    first = np.concatenate([[0], np.flatnonzero(np.diff(unit)) + 1, [len(n)]]).astype(np.int64)
+    pieces = np.ascontiguousarray(np.stack([leaf, start, n], axis=1), dtype=np.int64)
+    return Table(members, pieces, first, ends - counts, int(size.sum()))
+
+
+class Loops:
+    """The functions of a program."""
+
+    def __init__(self, program: Program, library: ctypes.CDLL) -> None:
+        self._functions = []
+        self._sums = []
+        for i, this in enumerate(all_passes(program)):
+            function = getattr(library, f"pass_{i}")
+            function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 6
+            function.restype = None
+            self._functions.append(function)
+            self._sums.append([{"sum": np.add, "largest": np.maximum, "smallest": np.minimum}[n.op] for n in this.reductions])
+
+    @staticmethod
+    def of(program: Program) -> Loops | None:
+        """The loops of a program; None, with one warning in a process, if they cannot be compiled."""
+        library = build.built(source(program))
+        return None if library is None else Loops(program, library)
+
+    def run(self, index: int, work: Table, pointers: Any, numbers: Any) -> list[Any]:
+        """Run a pass. For each number that it sums up: the values for the arrays of the work, in order."""
+        combine = self._sums[index]
+        sums = np.empty((len(work.pieces), len(combine)))
+        next_unit = np.zeros(1, np.int64)
+        arrays = (next_unit, work.first, work.pieces, pointers, numbers, sums)
+        arguments = (len(work.first) - 1, *(a.__array_interface__["data"][0] for a in arrays))
+        _on_threads(self._functions[index], arguments, work.elements)
+        return [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def threads() -> int:
+    """How many threads to use: as many as torch does, or OMP_NUM_THREADS, or the processors of this process."""
+    torch = torch_if_loaded()
+    if torch is not None:
+        return int(torch.get_num_threads())
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
+    global _pool  # noqa: PLW0603
+    others = min(threads() - 1, elements // _ALONE)
+    if others <= 0:
+        function(*arguments)
+        return
+    if _pool is None or _pool._max_workers < others:
+        _pool = ThreadPoolExecutor(others, "optimisers")
+    helpers: list[Future[Any]] = [_pool.submit(function, *arguments) for _ in range(others)]
+    try:
+        function(*arguments)
+    finally:
+        wait(helpers)  # also when interrupted: they write to memory that would be freed
+
+
+def _forget_threads() -> None:
+    global _pool  # noqa: PLW0603
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork

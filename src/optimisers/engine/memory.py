@@ -1,0 +1,190 @@
+"""Memory for new generations of arrays: what a pure update returns lies where an old generation lay that nobody refers to.
+
+A generation is dropped by its user one step after the next one was made, so two of them take turns, and purity costs memory
+but no page faults. A block is used again only when the library's own count of references to its memory says that we alone hold
+it: views, NumPy arrays over tensors and autograd graphs all count. Blocks are for the CPU; other devices have allocators that do
+this.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..tree.entry import Lease
+
+Vector = np.ndarray[Any, Any]
+
+SMALL = 2**14
+"""Arrays of fewer elements share blocks; larger ones have one each, so that holding one array does not hold the others."""
+
+_SHARED = 2**20  # elements in a shared block
+_KEPT = 3  # generations of a block that are looked after; older ones are their holders' alone
+
+
+class Pool:
+    """The blocks of a line of states, by size and dtype."""
+
+    def __init__(self) -> None:
+        self._blocks: defaultdict[tuple[Any, ...], list[Block]] = defaultdict(list)
+
+    def __deepcopy__(self, memo: Any) -> Pool:
+        return Pool()
+
+    def take(self, size: int, dtype: Any, turn: tuple[int, ...]) -> Block:
+        """A block of so many elements that nobody uses. ``turn`` tells blocks of one size in one generation apart."""
+        kept = self._blocks[size, dtype, turn]
+        for block in kept:
+            if block.is_free():
+                return block
+        block = Block(size, dtype)
+        kept.append(block)
+        if len(kept) > _KEPT:
+            kept.pop(0)
+        return block
+
+
+class Block:
+    """One piece of memory, from which arrays are made."""
+
+    __slots__ = ("_alone", "base", "storage")
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        self.base: Any
+        self.storage: Any
+        if isinstance(dtype, np.dtype):
+            self.base, self.storage = np.empty(size, dtype), None
+        else:
+            torch = sys.modules["torch"]
+            self.base = torch.empty(size, dtype=dtype, device="cpu")
+            self.storage = self.base.untyped_storage()
+        self._alone = self._holders()
+
+    def _holders(self) -> int:
+        """How many refer to the memory; 0 where the library cannot say."""
+        if self.storage is None:
+            return sys.getrefcount(self.base)
+        count: Callable[[int], int] | None = getattr(sys.modules["torch"]._C, "_storage_Use_Count", None)
+        return 0 if count is None else count(self.storage._cdata)
+
+    def is_free(self) -> bool:
+        """Whether nobody but us refers to the memory."""
+        return 0 < self._alone == self._holders()
+
+    def hold(self) -> Any:
+        """What keeps the block from being used again while it exists."""
+        return self.base[:] if self.storage is None else self.base.detach()
+
+    def address(self) -> int:
+        """The address of the first element."""
+        if self.storage is None:
+            return int(self.base.__array_interface__["data"][0])
+        return int(self.base.data_ptr())
+
+    def array(self, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
+        """An array in this memory: offset and strides in elements. A tensor is no view, so it has a version of its own."""
+        if self.storage is None:
+            size = self.base.itemsize
+            return np.ndarray(shape, self.base.dtype, self.base, offset * size, tuple(s * size for s in strides))
+        torch = sys.modules["torch"]
+        return torch.empty(0, dtype=self.base.dtype, device="cpu").set_(self.storage, offset, tuple(shape), tuple(strides))
+
+
+class Layout:
+    """Where each of many arrays lies in blocks: (block, first element); a large array has a block of its own."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.block_sizes: list[int] = []
+        places = np.zeros((len(sizes), 2), np.int64)
+        shared, used = -1, 0
+        for i, size in enumerate(sizes):
+            if size >= SMALL:
+                places[i] = len(self.block_sizes), 0
+                self.block_sizes.append(size)
+                continue
+            if shared < 0 or used + size > _SHARED:
+                shared, used = len(self.block_sizes), 0
+                self.block_sizes.append(0)
+            places[i] = shared, used
+            used += -(-size // 16) * 16  # each begins on a cache line of its own, as in memory from the allocator
+            self.block_sizes[shared] = used
+        self.blocks, self.offsets = places[:, 0], places[:, 1]
+        self.shared = np.array([size < SMALL for size in sizes], bool)
+
+    def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[Block]:
+        """Blocks for one generation."""
+        seen: defaultdict[int, int] = defaultdict(int)
+        blocks = []
+        for size in self.block_sizes:
+            blocks.append(pool.take(size, dtype, (*turn, seen[size])))
+            seen[size] += 1
+        return blocks
+
+
+class Column:
+    """One array of the state for each of many parameters: given ones, or places in blocks, made into arrays when looked at.
+
+    Attributes:
+        addresses: of the first elements.
+        lease: of this memory.
+        older: those of arrays that were not made with the others, by parameter.
+
+    """
+
+    def __init__(
+        self,
+        addresses: Vector,
+        arrays: dict[int, Any],
+        lease: Lease,
+        older: dict[int, Lease] | None = None,
+        blocks: tuple[Layout, list[Block]] | None = None,
+    ) -> None:
+        self.addresses, self._arrays, self.lease, self.older = addresses, arrays, lease, older or {}
+        self._blocks = blocks
+        self._holds = [block.hold() for block in blocks[1]] if blocks else []
+
+    @staticmethod
+    def of(arrays: Sequence[Any], addresses: Vector, leases: Sequence[Lease]) -> Column:
+        """A column of arrays that are there."""
+        first = leases[0]
+        return Column(
+            addresses, dict(enumerate(arrays)), first, {i: lease for i, lease in enumerate(leases) if lease is not first}
+        )
+
+    @staticmethod
+    def fresh(layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease) -> Column:
+        """A column of memory whose content is yet to be written."""
+        blocks = layout.take(pool, dtype, turn)
+        starts = np.array([block.address() for block in blocks], np.uint64)
+        addresses = starts[layout.blocks] + (layout.offsets * blocks[0].base.itemsize).astype(np.uint64)
+        return Column(addresses, {}, lease, None, (layout, blocks))
+
+    def lease_of(self, i: int) -> Lease:
+        """The lease of one array."""
+        return self.older.get(i, self.lease)
+
+    def leased(self, lease: Lease) -> Column:
+        """The same memory, taken over by a new lease."""
+        new = object.__new__(Column)
+        for name in self.__dict__:
+            setattr(new, name, getattr(self, name))
+        new.lease, new.older = lease, {}
+        return new
+
+    def replaced(self, arrays: dict[int, Any], addresses: Vector, leases: dict[int, Lease]) -> Column:
+        """The column with other arrays for some parameters."""
+        new = self.leased(self.lease)
+        new.addresses, new._arrays, new.older = self.addresses.copy(), {**self._arrays, **arrays}, {**self.older, **leases}
+        new.addresses[list(arrays)] = addresses
+        return new
+
+    def array(self, i: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
+        """The array of one parameter; strides in elements."""
+        if i not in self._arrays:
+            layout, blocks = self._blocks  # type: ignore[misc]
+            self._arrays[i] = blocks[int(layout.blocks[i])].array(int(layout.offsets[i]), shape, strides)
+        return self._arrays[i]
