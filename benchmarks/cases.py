@@ -15,11 +15,14 @@ from measuring import Pair, Row, Settings, compare
 from problems import gpt2, many, mlp, size
 
 CASES: dict[str, Callable[[Settings], list[Row]]] = {}
+NOT_QUICK: set[str] = set()  # what --quick leaves out unless it is asked for by name
 
 
-def case(name: str):
+def case(name: str, *, quick: bool = True):
     def add(function):
         CASES[name] = function
+        if not quick:
+            NOT_QUICK.add(name)
         return function
 
     return add
@@ -101,19 +104,24 @@ def gpt2_pure(settings):
     return compare("gpt2/pure", sides, [of(what, PURE, OURS, 1.8), of(what, PURE, torchopt, 0.2)], settings)
 
 
-@case("gpt2/others")
-def gpt2_others(settings):
-    """For information. pytorch_optimizer's AdamW is torch's own, so it is compared where it has rules of its own."""
+@case("gpt2/foreach")
+def gpt2_foreach(settings):
     model, grads = gpt2_copy()
-    what = "GPT-2, AdamW"
     sides = {
         OURS: lambda: ours.in_place(ours.adamw(), model, grads),
         FOREACH: lambda: peers.torch_adamw(model, grads, foreach=True),
     }
-    pairs = [of(what, OURS, FOREACH), of(what, OURS, "HeavyBall")]
-    if not settings.quick:  # it compiles for about a minute
-        sides["HeavyBall"] = lambda: peers.heavyball_adamw(model, grads)
-    return compare("gpt2/others", sides, pairs[: len(sides) - 1], settings)
+    return compare("gpt2/foreach", sides, [of("GPT-2, AdamW", OURS, FOREACH)], settings)
+
+
+@case("gpt2/heavyball", quick=False)  # it compiles for about a minute
+def gpt2_heavyball(settings):
+    model, grads = gpt2_copy()
+    sides = {
+        OURS: lambda: ours.in_place(ours.adamw(), model, grads),
+        "HeavyBall": lambda: peers.heavyball_adamw(model, grads),
+    }
+    return compare("gpt2/heavyball", sides, [of("GPT-2, AdamW", OURS, "HeavyBall")], settings)
 
 
 @case("leaves/2000")

@@ -29,7 +29,7 @@ def in_torch(rule: opt.AbstractRule, name: str, bounds: dict[str, float], **opti
 
 def elsewhere(rule: opt.AbstractRule, **forms: Any) -> Form:
     """For information."""
-    return Form(rule, {name.replace("_", " "): form for name, form in forms.items()}, {})
+    return Form(rule, forms, {})
 
 
 def of_optax(name: str, *arguments: Any, **options: Any):
@@ -79,4 +79,4 @@ def measure(name, form, settings):
 
 
 for _name, _form in FORMS.items():
-    case(f"rules/{_name}")(partial(measure, _name, _form))
+    case(f"rules/{_name}", quick=_name in {"Momentum", "Adam", "RMSProp", "Lion"})(partial(measure, _name, _form))

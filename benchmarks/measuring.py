@@ -18,7 +18,7 @@ class Settings:
 
     rounds: int = 25
     least: int = 5  # so many rounds also where they take longer than the budget
-    budget: float = 10.0  # seconds for the rounds of one comparison
+    budget: float = 8.0  # seconds for the rounds of one comparison
     quick: bool = False
 
 

@@ -115,7 +115,11 @@ def plot(path: Path, rows: list[Row]) -> None:
     shown = [row for row in rows if row.bound is not None and row.ratio]
     counts = [row for row in rows if row.case == "slope/count" and row.ratio]
     height = max(4.0, 0.26 * len(shown) + 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, height), width_ratios=(3, 2), layout="constrained")
+    panels = 2 if counts else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(15, height), width_ratios=(3, 2)[:panels], layout="constrained", squeeze=False
+    )
+    left = axes[0, 0]
 
     # A ratio of nothing at all has no place on a logarithmic axis.
     values = [max(row.ratio / row.bound, 1e-3) for row in shown]
@@ -124,24 +128,22 @@ def plot(path: Path, rows: list[Row]) -> None:
     left.hlines(places, 1, values, colors=colours, linewidth=1)
     left.scatter(values, places, c=colours, s=18)
     left.axvline(1, color="black", linewidth=1)
-    left.set_yticks(places, [f"{row.what} / {row.peer}" for row in shown], fontsize=7)
+    left.set_yticks(places, [f"{row.what}: {row.ours} / {row.peer}" for row in shown], fontsize=7)
     left.invert_yaxis()
     left.set_xscale("log")
     left.set_xlabel("ratio over its bound: at most 1 (blue) is met")
     left.grid(axis="x", alpha=0.3)
 
     if counts:
+        right = axes[0, 1]
         leaves = [int(row.what.partition(" ")[0].replace(",", "")) for row in counts]
-        for name, times in (
-            (counts[0].ours, [row.ours_median for row in counts]),
-            (counts[0].peer, [row.peer_median for row in counts]),
-        ):
-            right.plot(leaves, [1e3 * seconds for seconds in times], marker="o", label=name)
+        right.plot(leaves, [1e3 * row.ours_median for row in counts], marker="o", label=counts[0].ours)
+        right.plot(leaves, [1e3 * row.peer_median for row in counts], marker="o", label=counts[0].peer)
         right.legend()
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("leaves of 1,000 elements")
-    right.set_ylabel("a step of AdamW, ms")
-    right.grid(which="both", alpha=0.3)
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.set_xlabel("leaves of 1,000 elements")
+        right.set_ylabel("a step of AdamW, ms")
+        right.grid(which="both", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

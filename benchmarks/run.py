@@ -26,7 +26,7 @@ LIMIT = 900  # seconds for one process
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name; --list shows the names")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases by name; --list shows the names")
     parser.add_argument("--quick", action="store_true", help="few rounds, in two or three minutes")
     parser.add_argument("--rounds", type=int, help="so many rounds at most; without it as many as are worth it")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to; without it, this one")
@@ -42,18 +42,20 @@ def settings_of(given: argparse.Namespace) -> Settings:
     return settings
 
 
-def selected(patterns: list[str]):
+def selected(given: argparse.Namespace):
     for module in MODULES:
         importlib.import_module(module)
-    cases = importlib.import_module("cases").CASES
-    return {name: run for name, run in cases.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    cases = importlib.import_module("cases")
+    left_out = cases.NOT_QUICK if given.quick and not given.only else ()
+    wanted = {name: run for name, run in cases.CASES.items() if name not in left_out}
+    return {name: run for name, run in wanted.items() if any(fnmatch(name, pattern) for pattern in given.only or "*")}
 
 
 def measure(given: argparse.Namespace) -> None:
     """In a process of its own: run the selected cases, one line of JSON for each result."""
     warnings.simplefilter("ignore")  # the peers' own
     with given.into.open("w", encoding="utf-8") as results:
-        for name, run in selected(given.only).items():
+        for name, run in selected(given).items():
             print(name, file=sys.stderr)
             for row in run(settings_of(given)):
                 results.write(json.dumps(dataclasses.asdict(row)) + "\n")
@@ -85,7 +87,7 @@ def main() -> None:
     if given.into:
         measure(given)
         return
-    names = list(selected(given.only))
+    names = list(selected(given))
     if given.list:
         print("\n".join(names))
         return

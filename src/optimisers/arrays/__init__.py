@@ -52,10 +52,11 @@ from ._reductions import norm as norm
 from ._reductions import scalar_like as scalar_like
 from ._reductions import stack as stack
 from ._reductions import sum_over as sum_over
+from ._tape import Tape as Tape
+from ._tape import Untraceable as Untraceable
+from ._tape import evaluated as evaluated
 from ._traced import FLOATS as FLOATS
 from ._traced import HALF as HALF
 from ._traced import HOST as HOST
 from ._traced import Traced as Traced
 from ._traced import Tracer as Tracer
-from ._traced import Untraceable as Untraceable
-from ._traced import evaluated as evaluated

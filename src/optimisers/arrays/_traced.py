@@ -8,11 +8,12 @@ library whose arrays it stands for, to the last bit, so that a compiled loop giv
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from ._tape import COMPARE, Untraceable, evaluated
 
 HALF = frozenset({"float16", "bfloat16"})
 FLOATS = frozenset({*HALF, "float32", "float64"})
@@ -20,7 +21,6 @@ HOST = "host"
 """The dtype of Python floats, which take the dtype of what they meet."""
 
 _WIDTH = {"bool": 0, "int": 1, HOST: 2, "float32": 3, "float64": 4}
-_COMPARE = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne}
 _MAP_NAMES = {
     "add": "add", "sub": "sub", "subtract": "sub", "mul": "mul", "multiply": "mul", "div": "div", "divide": "div",
     "true_divide": "div", "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "sqrt": "sqrt", "square": "square",
@@ -30,10 +30,6 @@ _MAP_NAMES = {
     "less_equal": "le", "gt": "gt", "greater": "gt", "ge": "ge", "greater_equal": "ge", "eq": "eq", "equal": "eq", "ne": "ne",
     "not_equal": "ne", "zeros_like": "zeros_like", "sum": "sum", "logical_and": "and_", "logical_or": "or_",
 }  # fmt: skip
-
-
-class Untraceable(Exception):  # noqa: N818 (it says what the rule is; nothing has gone wrong)
-    """A rule does something that no loop over elements can be made of, or that depends on their values."""
 
 
 class Tracer:
@@ -138,7 +134,7 @@ class Traced:
 
     def _decided(self) -> float | bool:
         """The value, where it is known before any element is: what was traced then only holds for this value."""
-        value = evaluated(self, self.tracer.inputs)
+        value: float | bool = evaluated(self, self.tracer.inputs)
         if all(node is not self for node, _ in self.tracer.guards):
             self.tracer.guards.append((self, value))
         return value
@@ -336,7 +332,7 @@ def select(condition: Traced, a: Any, b: Any) -> Traced:
     tracer = condition.tracer
     x, y = tracer.lift(a), tracer.lift(b)
     dtype = _common([x, y])
-    if dtype in {"bool"}:
+    if dtype == "bool":
         raise Untraceable("it chooses between truth values")
     element = condition.element or x.element or y.element
     if condition.element and not (x.element or y.element) and dtype in {HOST, "int"}:
@@ -369,7 +365,7 @@ def reduce(op: str, x: Traced) -> Traced:
 def norm(x: Traced, p: Any) -> Traced:
     """As `arrays.norm`."""
     p, a = float(p), abs(x)
-    if p == math.inf or p == -math.inf:
+    if math.isinf(p):
         return cast(reduce("largest" if p > 0 else "smallest", a), "float64")
     if p == 0:
         return count_where(compare("ne", a, 0.0))
@@ -404,7 +400,7 @@ def call(tracer: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any])
         return binary(op, *values)
     if op in {"maximum", "minimum"}:
         return extremum(op[:3], *values)
-    if op in _COMPARE:
+    if op in COMPARE:
         return compare(op, *values)
     if op in {"and_", "or_"}:
         return logical(op[:-1], *values)
@@ -431,52 +427,3 @@ def call(tracer: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any])
 
 def _flat(values: Any) -> list[Any]:
     return [item for value in values for item in (value if isinstance(value, (tuple, list)) else (value,))]
-
-
-# --- numbers on the host ------------------------------------------------------------------------------------------------
-
-
-_GIVEN = frozenset({"number", "sum", "largest", "smallest"})
-
-
-def _pow(a: Any, b: Any) -> Any:
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):  # NumPy's own power may differ from Python's in the last bit
-        return np.array([math.pow(x, y) for x, y in zip(*np.broadcast_arrays(a, b), strict=True)])
-    return math.pow(a, b)
-
-
-_HOST_OPS: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs, "pow": _pow,
-    "div": lambda a, b: np.true_divide(a, b), "sqrt": lambda a: np.sqrt(a), "exp": np.exp, "log": np.log, "tanh": np.tanh,
-    "max": np.maximum, "min": np.minimum, "sign": np.sign, "isnan": np.isnan, "isfinite": np.isfinite, **_COMPARE,
-    "and": np.logical_and, "or": np.logical_or, "not": np.logical_not, "where": np.where,
-}  # fmt: skip
-
-
-def evaluated(node: Traced, inputs: dict[str, Any], memo: dict[int, Any] | None = None) -> Any:
-    """The value of a number: a Python number, or one for each array where inputs are vectors. Float64 throughout.
-
-    Raises Untraceable if it depends on elements.
-    """
-    memo = {} if memo is None else memo
-    if id(node) in memo:
-        return memo[id(node)]
-    if node.op in _GIVEN and node.value in inputs:
-        value: Any = inputs[node.value]
-    elif node.op == "const":
-        value = node.value
-    elif node.op == "cast":
-        value = evaluated(node.args[0], inputs, memo)
-        if node.dtype == "float32":
-            value = np.float32(value).astype(np.float64) if isinstance(value, np.ndarray) else float(np.float32(value))
-    elif node.op in _HOST_OPS and not node.element:
-        with np.errstate(all="ignore"):
-            value = _HOST_OPS[node.op](*(evaluated(arg, inputs, memo) for arg in node.args))
-            if node.dtype == "float32":
-                value = value.astype(np.float32).astype(np.float64) if isinstance(value, np.ndarray) else float(np.float32(value))
-        if isinstance(value, np.generic):
-            value = value.item()
-    else:
-        raise Untraceable("it decides by the values of elements")
-    memo[id(node)] = value
-    return value

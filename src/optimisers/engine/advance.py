@@ -13,8 +13,9 @@ from ..errors import TieError
 from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree
+from .dense import element_strides, is_plain
 from .group_step import GroupStep, Missed
-from .groups import Held, Plan, element_strides, grouped, is_plain
+from .held import Held, Plan, grouped
 from .step import Job, Outcome, Single, quiet, run
 
 
@@ -48,7 +49,7 @@ def advance(
 
     """
     held = tree._held if isinstance(tree._held, Held) else None
-    graph = _wants_graph(tree, held, xs, dxs, regular, differentiable=differentiable)
+    graph = _wants_graph(tree, held, xs, dxs, differentiable=differentiable)
     if not graph and _is_ordinary():
         planned = _planned(tree, held, xs)
         planned.plan.steps += 1
@@ -125,7 +126,7 @@ def _by_groups(
     if in_place:
         _part(held.plan, list(steps.values()), jobs)
     singles = {i: Single(job) for i, job in jobs.items()}
-    with _mode(jobs.values(), graph=False), quiet(list(jobs.values())):
+    with _mode(jobs.values(), graph=False), np.errstate(all="ignore"):
         run([*singles.values(), *(track for step in steps.values() for track in step.tracks)])
         outcomes = {i: single.outcome() for i, single in singles.items()}
     # From here on nothing can fail, and memory is written.
@@ -142,7 +143,8 @@ def _by_groups(
     for number, generation in enumerate(held.generations):
         new = generation
         if number in steps:
-            new, made = steps[number].commit(pool, number, lease)
+            with np.errstate(all="ignore"):
+                new, made = steps[number].commit(pool, number, lease)
             values.update({generation.group.slots[k]: x for k, x in made.items()})
         elif in_place:
             new = generation.leased(lease)
@@ -183,7 +185,9 @@ def _odd_lease(entry: Entry, state: Any, lease: Lease) -> Lease:
 
 def _is_odd(x: Any, strides: tuple[int, ...], in_place: bool) -> bool:
     """Whether a parameter is not laid out as its state is, or cannot be written."""
-    return not is_plain(x) or element_strides(x) != strides or (in_place and isinstance(x, np.ndarray) and not x.flags.writeable)
+    return (
+        not is_plain(x) or element_strides(x) != strides or (in_place and isinstance(x, np.ndarray) and not x.flags.writeable)
+    )
 
 
 def jobs_of(
@@ -270,7 +274,6 @@ def _wants_graph(
     held: Held | None,
     xs: Sequence[Any],
     dxs: Sequence[Any],
-    regular: Sequence[bool],
     *,
     differentiable: bool,
 ) -> bool:
@@ -293,7 +296,7 @@ def _wants_graph(
 
 
 def _mode(jobs: Any, *, graph: bool) -> AbstractContextManager[Any]:
-    if torch_if_loaded() is None:
+    if torch_if_loaded() is None or not jobs:
         return nullcontext()
     from . import torch_graph
 

@@ -77,7 +77,9 @@ def built(source: str) -> ctypes.CDLL | None:
 
 def _library(command: tuple[str, ...], source: str) -> Path:
     global compilations  # noqa: PLW0603
-    flags = tuple(f for f in _FLAGS if not (f == "-march=native" and sys.platform == "darwin" and platform.machine() == "arm64"))
+    flags = tuple(
+        f for f in _FLAGS if not (f == "-march=native" and sys.platform == "darwin" and platform.machine() == "arm64")
+    )
     key = hashlib.sha256("\0".join((*command, _version(command), *flags, _machine(), source)).encode()).hexdigest()[:32]
     directory = _directory(os.environ.get("OPTIMISERS_CACHE"))
     path = directory / f"{key}.so"

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Traced, Untraceable, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
+from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
 from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
-from .groups import Generation, Group, Variant, Vector, addresses_of, element_strides, inner, is_plain
+from .dense import Vector, addresses_of, element_strides, is_plain
+from .group import Group, Variant, inner
+from .held import Generation
 from .loops import Loops
 from .memory import SMALL, Column, Pool
-from .program import COMPILED, Boundary
+from .program import COMPILED, Boundary, Program
 from .source import pointer_names
 from .step import Request, Track
 
@@ -30,9 +32,7 @@ class GroupStep:
     ``xs`` are all of them, ``dxs`` their gradients, None for those that take no step.
     """
 
-    def __init__(
-        self, generation: Generation, xs: Sequence[Any], dxs: list[Any], *, regular: bool
-    ) -> None:
+    def __init__(self, generation: Generation, xs: Sequence[Any], dxs: list[Any], *, regular: bool) -> None:
         self.generation, self.group, self.xs, self.dxs = generation, generation.group, xs, dxs
         self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
         if not regular:
@@ -189,14 +189,14 @@ class GroupTrack(Track):
             boundary = program.boundaries[self._asked - 1]
             for name, value in zip(boundary.names or (), measure, strict=True):
                 self.matrix[:, program.columns[name]] = float(value)
-            self._check_guards(boundary)
+            self._check_guards()
         while self._asked < len(program.boundaries):
             boundary = program.boundaries[self._asked]
             self._sum(self._asked)
             self._asked += 1
             rule: Any = inner(self.rule, boundary.where)
             if rule.checks or boundary.names is not None:
-                values = [self._values(value) for value in boundary.values]
+                values = self._run(program.measuring[self._asked - 1])
                 if rule.checks:
                     self._checked.append((boundary, values))
                 if boundary.names is not None:
@@ -212,19 +212,19 @@ class GroupTrack(Track):
             for node, values in zip(this.reductions, sums, strict=True):
                 self.matrix[self.members, self.program.columns[node.value]] = values
 
-    def _inputs(self) -> dict[str, Vector]:
-        rows = self.matrix[self.members]
-        return {name: rows[:, k] for name, k in self.program.columns.items()}
+    def _run(self, tape: Tape) -> list[Vector]:
+        """Numbers for each member."""
+        rows = self.matrix if len(self.members) == len(self.matrix) else self.matrix[self.members]
+        values = tape.run({name: rows[:, k] for name, k in self.program.columns.items()})
+        return [value if np.ndim(value) else np.full(len(self.members), value) for value in values]
 
-    def _values(self, node: Traced) -> Any:
-        """A number for each member."""
-        return np.broadcast_to(evaluated(node, self._inputs()), (len(self.members),))
-
-    def _check_guards(self, boundary: Boundary) -> None:
-        names = set(boundary.names or ())
-        inputs = {name: float(self.matrix[int(self.members[0]), k]) for name, k in self.program.columns.items()}
-        for node, value in self.program.guards:
-            if _mentions(node, names) and evaluated(node, inputs) != value:
+    def _check_guards(self) -> None:
+        """Raise Missed unless what was decided from measures still holds."""
+        if self.program.late:
+            first = self.matrix[int(self.members[0])]
+            inputs = {name: float(first[k]) for name, k in self.program.columns.items()}
+            known = [(node, value) for node, value in self.program.late if not _waits(node, self.program, self._asked)]
+            if any(evaluated(node, inputs) != value for node, value in known):
                 raise Missed
 
     def finite_checks(self) -> list[str]:
@@ -259,16 +259,16 @@ class GroupTrack(Track):
 
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""
-        if not self.program.numbers:
-            return
-        inputs = self._inputs()
-        memo: dict[int, Any] = {}
-        for k, i in enumerate(self.step.group.numbers):
-            counters[self.members, k] = evaluated(self.program.numbers[f"c{i}"], inputs, memo)
+        if self.program.numbers:
+            values = dict(zip(self.program.numbers, self._run(self.program.counting), strict=True))
+            for k, i in enumerate(self.step.group.numbers):
+                counters[self.members, k] = values[f"c{i}"]
 
 
-def _mentions(node: Traced, names: set[str]) -> bool:
-    return (node.op == "number" and node.value in names) or any(_mentions(arg, names) for arg in node.args)
+def _waits(node: Traced, program: Program, asked: int) -> bool:
+    """Whether a number depends on a measure that is yet to be combined."""
+    ahead = {name for boundary in program.boundaries[asked:] for name in boundary.names or ()}
+    return (node.op == "number" and node.value in ahead) or any(_waits(arg, program, asked) for arg in node.args)
 
 
 def _native(group: Group, name: str) -> Any:

@@ -17,7 +17,7 @@ from .source import all_passes, source
 _PIECE = 2**14  # elements of a piece: its arrays fit the second-level cache
 _UNIT = 2**15  # what a thread takes at a time, in elements
 _OVERHEAD = 64  # what a piece costs beside its elements, in elements
-_ALONE = 2**16  # less than this is not worth a second thread
+_ALONE = 2**18  # less than this is not worth a second thread
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

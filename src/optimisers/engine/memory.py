@@ -1,9 +1,9 @@
 """Memory for new generations of arrays: what a pure update returns lies where an old generation lay that nobody refers to.
 
 A generation is dropped by its user one step after the next one was made, so two of them take turns, and purity costs memory
-but no page faults. A block is used again only when the library's own count of references to its memory says that we alone hold
-it: views, NumPy arrays over tensors and autograd graphs all count. Blocks are for the CPU; other devices have allocators that do
-this.
+but no page faults. A block is used again only when the library's own count of references to its memory says that we alone
+hold it: views, NumPy arrays over tensors and autograd graphs all count. Blocks are for the CPU; other devices have allocators
+that do this.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ..setup_api.update import update_
 from ..tree.entry import Entry
 from ..tree.leaves import Place, Slot
 from ..tree.param import Param
-from ..tree.state import StateTree, check_alive, rebuilt
+from ..tree.state import StateTree, check_alive, rebuilt, reruled
 from ..tree.structure import ModuleStructure
 from ._entries import Betas, Entries, changed_betas, repowered, scalable, sketch
 from ._named import Given, given
@@ -153,17 +153,18 @@ class Optimizer(torch.optim.Optimizer):
             raise ModelError(msg)
         trained = [(s, e) for s, e in zip(tree._slots, tree._entries, strict=True) if e.rule is not None]
         offset = 0 if self._held.tree is None else len(self._held.tree._slots)
-        tree = _joined(self._held.tree, StateTree(tree._structure, *map(tuple, zip(*trained, strict=True))))
+        only = StateTree(tree._structure, tuple(s for s, _ in trained), [e for _, e in trained])
+        tree = _joined(self._held.tree, only)
         paths = tree._structure.paths
         used = {paths[place.leaf] for slot in tree._slots for place in slot.places}
         self._held.untrained = {path: None for path in paths if path not in used}
         made, groups = [], []
-        for numbers in _by_rule(tree._entries[offset:]):
+        for numbers in _by_rule(tree._heads[offset:]):
             slots = tuple(offset + number for number in numbers)
             places = tuple(
                 (paths[place.leaf], n if i == 0 else -1) for n in slots for i, place in enumerate(tree._slots[n].places)
             )
-            first: Any = tree._entries[slots[0]].rule
+            first: Any = tree._heads[slots[0]].rule
             entries = Entries(first)
             values = entries.values(first)
             made.append(Group(entries, slots, places, values))
@@ -246,14 +247,14 @@ class Optimizer(torch.optim.Optimizer):
             raise ArgumentError(msg)
         check_alive(tree)
         old: Any = self._held.tree
-        kinds = [[e.rule and sketch(e.rule) for e in t._entries] for t in (old, tree)]
+        kinds = [[e.rule and sketch(e.rule) for e in t._heads] for t in (old, tree)]
         if tree._slots != old._slots or kinds[0] != kinds[1]:
             msg = "optimizer.tree: this state is of other parameters, or of other rules; make a new Optimizer(state, module)"
             raise StructureError(msg)
         self._held.tree = tree
         self._held.shown = None
         for group, known in zip(self.param_groups, self._held.groups, strict=True):
-            values = known.entries.values(tree._entries[known.slots[0]].rule)  # type: ignore[arg-type]
+            values = known.entries.values(tree._heads[known.slots[0]].rule)  # type: ignore[arg-type]
             known.seen.update(values)
             group.update(values)
 
@@ -307,23 +308,32 @@ class Optimizer(torch.optim.Optimizer):
 
     def _with_entries(self, tree: Any, changes: Sequence[Mapping[str, Any]], *, loaded: bool = False) -> StateTree:
         """The state tree with other hyper-parameters in some groups; loaded states belong to these already."""
-        entries = list(tree._entries)
+        heads = list(tree._heads)
+        repower: dict[int, Betas] = {}
         for i, (known, changed) in enumerate(zip(self._held.groups, changes, strict=True)):
             if not changed:
                 continue
-            done: dict[tuple[int, int], tuple[AbstractRule, Betas]] = {}
+            done: dict[tuple[int, int], tuple[AbstractRule, Any]] = {}
             for number in known.slots:
-                entry = entries[number]
-                key = (id(entry.rule), id(entry.base))
+                head = heads[number]
+                key = (id(head.rule), id(head.base))
                 if key not in done:
                     try:
-                        new = known.entries.apply(changed, entry.rule, entry.base)
+                        new = known.entries.apply(changed, head.rule, head.base)
                     except HyperParameterError as error:
                         error.args = (f"param_groups[{i}], {error}",)
                         raise
-                    done[key] = new, [] if loaded else changed_betas(entry.rule, new)
+                    done[key] = new, [] if loaded else changed_betas(head.rule, new)
                 rule, betas = done[key]
-                entries[number] = entry.replace(rule=rule, state=repowered(entry.state, betas))
+                heads[number] = head.replace(rule=rule)
+                if betas:
+                    repower[number] = betas
+        new_tree = reruled(tree, heads)
+        if not repower:
+            return new_tree
+        entries = list(new_tree._entries)
+        for number, betas in repower.items():
+            entries[number] = entries[number].replace(state=repowered(entries[number].state, betas))
         return rebuilt(tree, entries)
 
     def _take_state(self, shown: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
@@ -445,7 +455,7 @@ def _by_rule(entries: Sequence[Entry]) -> list[list[int]]:
 def _settle(known: Group, group: dict[str, Any], changed: Mapping[str, Any], tree: StateTree) -> None:
     """Note the hyper-parameters that were taken over, and show in the group those that follow from them."""
     if changed:
-        values = known.entries.values(tree._entries[known.slots[0]].rule)  # type: ignore[arg-type]
+        values = known.entries.values(tree._heads[known.slots[0]].rule)  # type: ignore[arg-type]
         if "betas" in changed and not known.entries.own_betas:
             values["betas"] = (values["betas"][0], *changed["betas"][1:])
         group.update({key: value for key, value in values.items() if key not in changed})

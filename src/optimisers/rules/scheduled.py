@@ -58,7 +58,7 @@ class Scheduled(CompositeRule):
     def at(self, step: int) -> AbstractRule:
         """The rule with the values that the schedules give for this step (a count from 0)."""
         if isinstance(step, Traced):
-            return step.tracer.scheduled(self, step)  # type: ignore[no-any-return]
+            return step.tracer.scheduled(self, step)
         return _at(self, step)
 
     def replace(self, **changes: Any) -> Scheduled:

@@ -49,14 +49,25 @@ def to(state: StateTree, *, device: Any = None, dtype: Any = None) -> StateTree:
 
 def beside(state: StateTree, leaves: Sequence[Any]) -> StateTree:
     """The state with the tensors of every entry on the device of its parameter; the state itself if they are there."""
+    held = state._held
+    wrong = []
+    for i, slot in enumerate(state._slots):
+        x = leaves[slot.places[0].leaf]
+        if held is not None and held.holds(i):
+            if kind(x) == "torch" and not x.is_cpu:  # what is held by group lies on the host
+                wrong.append(i)
+            continue
+        device = device_of(state._heads[i].state) if kind(x) == "torch" else None
+        if device is not None and device != x.device:
+            wrong.append(i)
+    if not wrong:
+        return state
     entries = list(state._entries)
     fresh = Lease()
-    for i, (slot, entry) in enumerate(zip(state._slots, state._entries, strict=True)):
-        x = leaves[slot.places[0].leaf]
-        device = device_of(entry.state) if kind(x) == "torch" else None
-        if device is not None and device != x.device:
-            entries[i] = _moved(slot, entry, x.device, None, fresh)
-    return state if all(a is b for a, b in zip(entries, state._entries, strict=True)) else rebuilt(state, entries)
+    for i in wrong:
+        slot = state._slots[i]
+        entries[i] = _moved(slot, entries[i], leaves[slot.places[0].leaf].device, None, fresh)
+    return rebuilt(state, entries)
 
 
 def _moved(slot: Slot, entry: Entry, device: Any, dtype: str | None, fresh: Lease) -> Entry:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..arrays import dtype_name, kind, share_memory, torch_if_loaded
 from ..engine.advance import advance
-from ..engine.groups import Held
+from ..engine.held import Held
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
 from ..tree.entry import Entry, device_of

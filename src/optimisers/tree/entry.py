@@ -37,7 +37,7 @@ class JointLease(Lease):
     def __init__(self, leases: tuple[Lease, ...]) -> None:
         self.leases = leases
 
-    @property  # type: ignore[override]
+    @property
     def ended(self) -> bool:
         return any(lease.ended for lease in self.leases)
 

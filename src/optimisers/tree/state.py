@@ -26,6 +26,9 @@ class HeldStates(Protocol):
     def is_empty(self) -> bool:
         """Whether no state is held so."""
 
+    def holds(self, slot: int) -> bool:
+        """Whether the state of this slot is held so."""
+
     def entry(self, slot: int, head: Entry) -> Entry:
         """The entry of a slot, whatever holds its state."""
 

@@ -1,0 +1,269 @@
+"""Parameters that are stepped by one loop, and the programs for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Untraceable, torch_if_loaded
+from ..errors import CompileWarning, locating
+from ..rules._base import AbstractRule
+from ..rules._precision import state_leaves
+from . import build
+from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strides, is_compiled_dtype
+from .loops import Loops, Table, table
+from .memory import Layout
+from .program import Program, Schedule
+from .trace import numbers_of, structure_of_rule, trace
+
+_VARIANTS = 16
+
+
+class Variant:
+    """A program and its loops."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.loops: Loops | None = None
+        self.misses = 0
+
+
+_variants: defaultdict[Any, list[Variant]] = defaultdict(list)
+_refused: dict[Any, str] = {}
+
+
+class Group:
+    """Parameters with one kind of rule, one dtype and one form of state, on the host.
+
+    Attributes:
+        slots: their numbers in the state tree.
+        paths: their names in errors.
+        rules: their rules, of one structure.
+        hyper: the numbers in the rules' fields, a row for each parameter.
+        template: a state of the rule, for its nesting.
+        form: what its leaves are.
+
+    """
+
+    def __init__(
+        self, key: Any, slots: list[int], paths: list[str], rules: list[AbstractRule], xs: list[Any], template: Any
+    ) -> None:
+        self.key = key
+        self.slots = slots
+        self.paths = paths
+        self.structure, self.nesting, self.form, self.dtype, self.library = key
+        self.rules = rules
+        self.hyper = _hyper(rules)
+        self.template = template
+        self.shapes = [tuple(x.shape) for x in xs]
+        self.strides = [element_strides(x) for x in xs]
+        self.native_strides = [x.strides if isinstance(x, np.ndarray) else self.strides[i] for i, x in enumerate(xs)]
+        self.native_dtype = xs[0].dtype
+        self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
+        self.count = len(slots)
+        self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
+        self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
+        self.everyone = np.arange(self.count)
+        self._whole: Table | None = None
+        self._layout: Layout | None = None
+
+    def with_rules(self, rules: list[AbstractRule]) -> Group | None:
+        """The group with other numbers in its rules; None if they are of another kind now."""
+        try:
+            if any(structure_of_rule(rule) != self.structure for rule in {id(rule): rule for rule in rules}.values()):
+                return None
+        except Untraceable:
+            return None
+        new = object.__new__(Group)
+        new.__dict__.update(self.__dict__)
+        new.rules, new.hyper = rules, _hyper(rules)
+        return new
+
+    def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
+        """Whether parameters and gradients are as they were described, so that nothing else need be asked of them.
+
+        Attributes are read one after another for all arrays at once, which costs a tenth of a microsecond for each.
+        """
+        present: Sequence[Any] | None = None if any(dx is None for dx in dxs) else dxs
+        shapes, strides = self.shapes, self.native_strides
+        if present is None:
+            chosen = [i for i, dx in enumerate(dxs) if dx is not None]
+            present = [dxs[i] for i in chosen]
+            shapes, strides = [shapes[i] for i in chosen], [strides[i] for i in chosen]
+        try:
+            return (
+                self._are_alike(xs, self.shapes, self.native_strides)
+                and {self.native_dtype} == set(map(DTYPE, xs))
+                and self._are_alike(present, shapes, strides)
+                and (not present or is_compiled_dtype(set(map(DTYPE, present))))
+            )
+        except (AttributeError, RuntimeError, TypeError):  # something else than a dense array
+            return False
+
+    def _are_alike(self, arrays: Sequence[Any], shapes: list[Any], strides: list[Any]) -> bool:
+        if self.library == "numpy":
+            return (
+                set(map(type, arrays)) <= {np.ndarray}
+                and list(map(SHAPE, arrays)) == shapes
+                and list(map(STRIDES, arrays)) == strides
+                and all(map(ALIGNED, arrays))
+            )
+        torch: Any = torch_if_loaded()
+        return (
+            set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}
+            and list(map(SHAPE, arrays)) == shapes
+            and list(map(torch.Tensor.stride, arrays)) == strides
+            and all(map(IS_CPU, arrays))
+            and not any(map(torch.Tensor.is_neg, arrays))
+        )
+
+    def work(self, members: Vector) -> Table:
+        """The pieces of some of the arrays; of all of them it is kept."""
+        if len(members) != self.count:
+            return table(members, self.sizes)
+        if self._whole is None:
+            self._whole = table(members, self.sizes)
+        return self._whole
+
+    def layout(self) -> Layout:
+        """Where arrays of a new generation lie in blocks."""
+        if self._layout is None:
+            self._layout = Layout([int(n) for n in self.sizes])
+        return self._layout
+
+    def is_exact(self) -> bool:
+        """Whether loops give the rule's own bits, so that it does not matter from which step on they are used."""
+        try:
+            counters = np.array([[float(leaf) for leaf in self._sample()]])
+            parts = self.partition(np.array([0]), np.tile(counters, (self.count, 1)), self.dtype)
+        except Untraceable:
+            return False
+        return all(variant.program.exact for variant, _, _ in parts)
+
+    def _sample(self) -> list[Any]:
+        leaves = state_leaves(self.template)
+        return [leaves[i] for i in self.numbers]
+
+    # --- programs ---
+
+    def columns(self, program: Program, counters: Vector, members: Vector) -> Vector:
+        """The inputs of a program for each array, a row each; measures and sums are filled in later.
+
+        Schedules are asked for the given members only.
+        """
+        matrix = np.zeros((self.count, len(program.columns)))
+        matrix[:, : self.hyper.shape[1]] = self.hyper
+        for k, i in enumerate(self.numbers):
+            matrix[:, program.columns[f"c{i}"]] = counters[:, k]
+        matrix[:, program.columns["count"]] = self.sizes
+        for schedule in program.schedules:
+            self._follow(schedule, matrix, program.columns, members)
+        return matrix
+
+    def _follow(self, schedule: Schedule, matrix: Vector, columns: dict[str, int], members: Vector) -> None:
+        known: dict[tuple[int, float], list[float]] = {}
+        for member in members:
+            row, rule = matrix[member], self.rules[member]
+            count = row[columns[schedule.counter]]
+            key = (id(rule), count)
+            if key not in known:
+                with locating(self.paths[member]):
+                    known[key] = numbers_of(inner(rule, schedule.where).at(int(count)))
+            row[schedule.start : schedule.end] = known[key]
+
+    def partition(self, members: Vector, counters: Vector, dx_dtype: str) -> list[tuple[Variant, Vector, Vector]]:
+        """(program, members, inputs) so that together all members are covered. Untraceable, with the reason, if that fails."""
+        key = (*self.key, dx_dtype)
+        if key in _refused:
+            raise Untraceable(_refused[key])
+        found = []
+        variants = _variants[key]
+        for variant in variants:
+            if len(members) == 0:
+                break
+            matrix = self.columns(variant.program, counters, members)
+            holds = _holds(variant.program, matrix, members)
+            if holds is None:
+                found.append((variant, members, matrix))
+                members = members[:0]
+            elif holds.any():
+                found.append((variant, members[holds], matrix))
+                members = members[~holds]
+        while len(members):
+            variant = self._traced(int(members[0]), counters, dx_dtype, key)
+            matrix = self.columns(variant.program, counters, members)
+            holds = _holds(variant.program, matrix, members)
+            chosen = members if holds is None else members[holds]
+            members = members[:0] if holds is None else members[~holds]
+            found.append((variant, chosen, matrix))
+        return found
+
+    def _traced(self, member: int, counters: Vector, dx_dtype: str, key: Any) -> Variant:
+        rule = self.rules[member]
+        try:
+            sample = {f"h{k}": v for k, v in enumerate(self.hyper[member])}
+            sample |= {f"c{i}": counters[member, k] for k, i in enumerate(self.numbers)}
+            sample["count"] = float(self.sizes[member])
+            _refuse_more(_variants[key])
+            program = trace(rule, self.template, self.form, (self.dtype, dx_dtype), self.library, sample)
+        except Untraceable as reason:
+            _refused[key] = str(reason)
+            _warn_untraceable(rule, str(reason))
+            raise
+        _variants[key].append(Variant(program))
+        return _variants[key][-1]
+
+
+def _refuse_more(variants: list[Variant]) -> None:
+    if len(variants) >= _VARIANTS:
+        raise Untraceable("what it does depends on its numbers in too many ways")
+
+
+_warned: set[str] = set()
+
+
+def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
+    """One warning a kind of rule that claims a law and cannot be made a loop of."""
+    name = type(rule).__name__
+    if name not in _warned and build.switch() != "0":
+        _warned.add(name)
+        msg = (
+            f"{name} is stepped array by array, since no loop can be made of it: {reason}. Results are the same and steps "
+            "slower; OPTIMISERS_COMPILE=0 steps everything so without this warning"
+        )
+        warnings.warn(msg, CompileWarning, stacklevel=2)
+
+
+def _hyper(rules: Sequence[AbstractRule]) -> Vector:
+    rows: dict[int, list[float]] = {}
+    for rule in rules:
+        if id(rule) not in rows:
+            rows[id(rule)] = numbers_of(rule)
+    if len(rows) == 1:
+        (row,) = rows.values()
+        return np.tile(np.array(row, np.float64), (len(rules), 1))
+    return np.array([rows[id(rule)] for rule in rules], np.float64).reshape(len(rules), -1)
+
+
+def inner(rule: AbstractRule, where: Sequence[tuple[str, int | None]]) -> Any:
+    """The rule that stands at a place inside a rule."""
+    for name, index in where:
+        value = getattr(rule, name)
+        rule = value if index is None else value[index]
+    return rule
+
+
+def _holds(program: Program, matrix: Vector, members: Vector) -> Vector | None:
+    """For which members the program's guards hold; None for all."""
+    if not program.early:
+        return None
+    rows = matrix[members]
+    decided = program.deciding.run({name: rows[:, k] for name, k in program.columns.items()})
+    result = np.ones(len(members), bool)
+    for value, (_, expected) in zip(decided, program.early, strict=True):
+        result &= np.broadcast_to(value == expected, result.shape)
+    return None if result.all() else result

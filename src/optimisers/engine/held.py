@@ -1,0 +1,280 @@
+"""State by group: parameters that are stepped by one loop, with their moments and counters side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
+from ..rules._precision import state_leaves
+from ..tree.entry import Entry, Lease
+from ..tree.leaves import Slot
+from . import build
+from .dense import Vector, addresses_of, element_strides, is_plain
+from .group import Group
+from .memory import Column, Pool
+from .program import COMPILED
+from .trace import filled, form_of, nesting, structure_of_rule
+
+COMPILE_FROM = 2**12
+"""Elements from which on a group is worth a compilation at once."""
+COMPILE_AFTER = 64
+"""Steps after which it is for smaller ones, where a loop gives the rule's own bits."""
+
+_MISSES = 16
+
+
+class Generation:
+    """The state of one group at one time.
+
+    Attributes:
+        columns: for each array of the state those of all parameters.
+        counters: the numbers of the state, a row for each parameter.
+
+    """
+
+    def __init__(self, group: Group, columns: list[Column], counters: Vector) -> None:
+        self.group, self.columns, self.counters = group, columns, counters
+
+    def array(self, k: int, member: int) -> Any:
+        """One array of the state of a parameter."""
+        return self.columns[k].array(member, self.group.shapes[member], self.group.strides[member])
+
+    def state(self, member: int) -> Any:
+        """The state of a parameter, as its rule has it."""
+        group = self.group
+        leaves: list[Any] = [None] * len(group.form)
+        for k, i in enumerate(group.arrays):
+            leaves[i] = self.array(k, member)
+        for k, i in enumerate(group.numbers):
+            value, part = float(self.counters[member, k]), group.form[i]
+            if part.form == "number":
+                leaves[i] = int(value) if part.dtype == "int" else value
+            else:
+                leaves[i] = _scalar(value, part.dtype, group.library)
+        return filled(group.template, iter(leaves))
+
+    def leased(self, lease: Lease | None) -> Generation:
+        """The same memory, taken over by a new lease if there is one."""
+        columns = [column if lease is None else column.leased(lease) for column in self.columns]
+        return Generation(self.group, columns, self.counters.copy())
+
+    def put(self, states: dict[int, Any], leases: dict[int, Lease]) -> bool:
+        """Take the states of parameters that were stepped otherwise; False if one has another form now."""
+        group = self.group
+        for member, state in states.items():
+            try:
+                if nesting(state) != group.nesting or form_of(state, group.shapes[member], group.dtype) != group.form:
+                    return False
+            except Untraceable:
+                return False
+            leaves = state_leaves(state)
+            if any(not is_plain(leaves[i]) or element_strides(leaves[i]) != group.strides[member] for i in group.arrays):
+                return False
+        for k, i in enumerate(group.arrays):
+            arrays = {member: state_leaves(state)[i] for member, state in states.items()}
+            self.columns[k] = self.columns[k].replaced(arrays, addresses_of(list(arrays.values())), leases)
+        for member, state in states.items():
+            leaves = state_leaves(state)
+            self.counters[member] = [float(leaves[i]) for i in group.numbers]
+        return True
+
+
+def _scalar(value: float, dtype: str, library: str) -> Any:
+    if library == "numpy":
+        return np.array(value, dtype)
+    torch: Any = torch_if_loaded()
+    return torch.tensor(value, dtype=getattr(torch, dtype), device="cpu")
+
+
+class Plan:
+    """What a line of states knows of how it is stepped.
+
+    Attributes:
+        pool: the memory of its generations.
+        steps: how many steps were taken.
+        again: the step from which on groups that were left out are considered again.
+        misses: how often measures came out otherwise than loops were made for.
+        refused: kinds of groups that no loop could be made for.
+        writes: what was written last, sorted, to be used again while addresses stay.
+
+    """
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+        self.steps = 0
+        self.again = COMPILE_AFTER
+        self.misses = 0
+        self.refused: set[Any] = set()
+        self.writes: tuple[list[Vector], Vector, Vector] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return Plan()
+
+
+class Held:
+    """What a state tree holds by group.
+
+    Attributes:
+        generations: one for each group.
+        where: for each slot (number of the group, number in it), or None.
+        plan: shared by all states that follow from one another.
+        lease: of counters; each column has one of its own.
+        pending: whether some groups may become worth a compilation later.
+        loose: the slots that are in no group.
+        idle: the slots that are frozen or have no rule.
+        tied: the slots in groups that stand at several places.
+        apart: the slots whose gradients are looked at one by one.
+
+    """
+
+    def __init__(
+        self,
+        generations: list[Generation],
+        where: list[tuple[int, int] | None],
+        plan: Plan,
+        lease: Lease,
+        idle: list[int],
+        tied: list[int],
+        *,
+        pending: bool,
+    ) -> None:
+        self.generations, self.where, self.plan, self.lease, self.idle, self.pending = (
+            generations, where, plan, lease, idle, pending,
+        )  # fmt: skip
+        self.loose = [i for i, place in enumerate(where) if place is None]
+        self.tied = [i for i in tied if where[i] is not None]
+        self.apart = [*self.loose, *self.tied]
+
+    def next(self, generations: list[Generation], lease: Lease) -> Held:
+        """The states after a step."""
+        new = object.__new__(Held)
+        new.__dict__.update(self.__dict__)
+        new.generations, new.lease = generations, lease
+        return new
+
+    def dissolved(self) -> Held:
+        """Nothing held by group, for one step in which measures came out unexpectedly, or for good if that is the rule."""
+        self.plan.misses += 1
+        if self.plan.misses > _MISSES:
+            self.plan.refused.update(generation.group.key for generation in self.generations)
+        self.plan.again = self.plan.steps + 1
+        return Held([], [None] * len(self.where), self.plan, Lease(), self.idle, [], pending=True)
+
+    def is_empty(self) -> bool:
+        """Whether no state is held so."""
+        return not self.generations
+
+    def holds(self, slot: int) -> bool:
+        """Whether the state of this slot is held so."""
+        return self.where[slot] is not None
+
+    def entry(self, slot: int, head: Entry) -> Entry:
+        """The entry of a slot, whatever holds its state."""
+        place = self.where[slot]
+        if place is None:
+            return head
+        generation = self.generations[place[0]]
+        leases = [self.lease, *(column.lease_of(place[1]) for column in generation.columns)]
+        return head.replace(state=generation.state(place[1]), lease=Lease.of(leases))
+
+    def leases(self) -> set[Lease]:
+        """All leases of the memory that is held by group."""
+        found = {self.lease}
+        for generation in self.generations:
+            for column in generation.columns:
+                found.add(column.lease)
+                found.update(column.older.values())
+        return found
+
+    def ended(self, heads: Sequence[Entry]) -> bool:
+        """Whether ``update_`` has taken over memory of these states."""
+        return any(lease.ended for lease in self.leases()) or any(heads[i].lease.ended for i in self.loose)
+
+    def with_heads(self, heads: Sequence[Entry]) -> Held | None:
+        """The same states with other rules; None if they cannot be held by group any more."""
+        generations = []
+        for generation in self.generations:
+            group: Group | None = generation.group
+            rules: list[Any] = [heads[i].rule for i in generation.group.slots]
+            if any(a is not b for a, b in zip(rules, generation.group.rules, strict=True)):
+                group = generation.group.with_rules(rules)
+            if group is None:
+                return None
+            generations.append(Generation(group, generation.columns, generation.counters))
+        held = self.next(generations, self.lease)
+        held.idle = idle_slots(heads)
+        return held
+
+
+def idle_slots(heads: Sequence[Entry]) -> list[int]:
+    """The slots that take no step, whatever their gradients."""
+    return [i for i, head in enumerate(heads) if head.frozen or head.rule is None]
+
+
+def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: Sequence[Slot]) -> Held:
+    """The states of entries by group, as far as loops can be made for them and are worth it.
+
+    ``xs`` are the parameters. Nothing is copied: columns refer to the arrays that are there.
+    """
+    where: list[tuple[int, int] | None] = [None] * len(entries)
+    generations: list[Generation] = []
+    mode = build.switch()
+    pending = False
+    found: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
+        key = None if mode == "0" else _key(entry, x)
+        if key is not None and key not in plan.refused:
+            found[key].append(i)
+    for key, slots in found.items():
+        rules: list[Any] = [entries[i].rule for i in slots]
+        paths = [slots_of[i].path or "(the array)" for i in slots]
+        group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
+        if mode == "auto" and int(group.sizes.sum()) < COMPILE_FROM:
+            if plan.steps < plan.again:
+                pending = True
+                continue
+            if not group.is_exact():
+                continue
+        leaves = [state_leaves(entries[i].state) for i in slots]
+        columns = []
+        for k in group.arrays:
+            arrays = [row[k] for row in leaves]
+            columns.append(Column.of(arrays, addresses_of(arrays), [entries[i].lease for i in slots]))
+        counters = np.array([[float(row[k]) for k in group.numbers] for row in leaves]).reshape(group.count, -1)
+        for member, i in enumerate(slots):
+            where[i] = len(generations), member
+        generations.append(Generation(group, columns, counters))
+    lease = Lease.of(entries[i].lease for g in generations for i in g.group.slots) if generations else Lease()
+    tied = [i for i, slot in enumerate(slots_of) if len(slot.places) > 1]
+    return Held(generations, where, plan, lease, idle_slots(entries), tied, pending=pending)
+
+
+def _key(entry: Entry, x: Any) -> Any:
+    """What parameters of one group have in common; None for one that no loop can step."""
+    rule = entry.rule
+    if rule is None or rule.law not in {"elementwise", "measured"} or not is_plain(x):
+        return None
+    dtype = dtype_name(x)
+    if dtype not in COMPILED:
+        return None
+    strides = element_strides(x)
+    try:
+        form = form_of(entry.state, tuple(x.shape), dtype)
+        if any(part.form == "scalar" for part in form) and x.ndim == 0:
+            return None
+        if rule.law == "measured" and x.ndim == 0:
+            return None
+        for leaf, part in zip(state_leaves(entry.state), form, strict=True):
+            if part.form == "array" and not (is_plain(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
+                return None
+            if not is_number(leaf) and getattr(leaf, "requires_grad", False):
+                return None
+            if part.form == "scalar" and kind(leaf) == "torch" and not (leaf.is_cpu and kind(x) == "torch"):
+                return None
+        return structure_of_rule(rule), nesting(entry.state), form, dtype, kind(x)
+    except Untraceable:
+        return None
