@@ -41,7 +41,7 @@ class GroupStep:
         self.dx_addresses = self._dx_addresses()
         dx_dtype = dtype_name(dxs[int(self.members[0])])
         parts = self.group.partition(self.members, generation.counters, dx_dtype)
-        self.tracks = [GroupTrack(self, variant, members, matrix) for variant, members, matrix in parts]
+        self.tracks = [GroupTrack(generation, self.x_addresses, self.dx_addresses, *part) for part in parts]
         for track in self.tracks:
             track.point()
 
@@ -156,31 +156,43 @@ class GroupStep:
 class GroupTrack(Track):
     """The parameters of a group that one program steps."""
 
-    def __init__(self, step: GroupStep, variant: Variant, members: Vector, matrix: Vector) -> None:
-        self.step, self.variant, self.program, self.members, self.matrix = step, variant, variant.program, members, matrix
+    def __init__(
+        self,
+        generation: Generation,
+        x_addresses: Vector,
+        dx_addresses: Vector,
+        variant: Variant,
+        members: Vector,
+        matrix: Vector,
+    ) -> None:
+        # Not the step itself: a cycle would keep the old parameters alive, and their memory from being used again.
+        self.generation, self.group, self.x_addresses, self.dx_addresses = (
+            generation, generation.group, x_addresses, dx_addresses,
+        )  # fmt: skip
+        self.variant, self.program, self.members, self.matrix = variant, variant.program, members, matrix
         if variant.loops is None:
             variant.loops = Loops.of(self.program)
             if variant.loops is None:
                 raise Untraceable("loops cannot be compiled")
         self.loops: Loops = variant.loops
-        self.rule = step.group.rules[int(members[0])]
+        self.rule = self.group.rules[int(members[0])]
         self.passed = Counter()
-        self.work = step.group.work(members)
+        self.work = self.group.work(members)
         self._asked = 0
         self._pass = 0
         self._checked: list[tuple[Boundary, list[Any]]] = []
         self.pointers: Vector
 
     def paths(self) -> list[str]:
-        return [self.step.group.paths[int(i)] for i in self.members]
+        return [self.group.paths[int(i)] for i in self.members]
 
     def point(self) -> None:
         """Take the addresses of what is read."""
-        step, names = self.step, pointer_names(self.program)
-        self.pointers = np.zeros((step.group.count, len(names)), np.uint64)
-        self.pointers[:, 0] = step.x_addresses
-        self.pointers[:, 1] = step.dx_addresses
-        for k, column in enumerate(step.generation.columns):
+        names = pointer_names(self.program)
+        self.pointers = np.zeros((self.group.count, len(names)), np.uint64)
+        self.pointers[:, 0] = self.x_addresses
+        self.pointers[:, 1] = self.dx_addresses
+        for k, column in enumerate(self.generation.columns):
             self.pointers[:, 2 + k] = column.addresses
 
     def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
@@ -235,15 +247,15 @@ class GroupTrack(Track):
             if usual and all(np.isfinite(value).all() for value in values):
                 continue
             for k, member in enumerate(self.members):
-                own: Any = inner(self.step.group.rules[int(member)], boundary.where)
+                own: Any = inner(self.group.rules[int(member)], boundary.where)
                 fault = own.fault(tuple(float(value[k]) for value in values))
                 if fault is not None:
-                    faults.append(f"{type(own).__name__} at {self.step.group.paths[int(member)]!r}: {fault}")
+                    faults.append(f"{type(own).__name__} at {self.group.paths[int(member)]!r}: {fault}")
         return faults
 
     def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
         """Run the last pass. New parameters go to ``new_xs``, or into the old ones."""
-        group, names = self.step.group, pointer_names(self.program)
+        group, names = self.group, pointer_names(self.program)
         if not self.program.last.stores:
             return
         for k, i in enumerate(group.arrays):
@@ -252,16 +264,16 @@ class GroupTrack(Track):
         if self.program.steps:
             column = names.index("new x")
             if new_xs is None:
-                self.pointers[:, column] = self.step.x_addresses
+                self.pointers[:, column] = self.x_addresses
             else:
                 self.pointers[self.members, column] = addresses_of([new_xs[int(i)] for i in self.members])
-        self.loops.run(self._pass, self.work, self.pointers, self.matrix)
+        self.loops.run(self._pass, self.work, self.pointers, self.matrix, apart=new_xs is not None)
 
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""
         if self.program.numbers:
             values = dict(zip(self.program.numbers, self._run(self.program.counting), strict=True))
-            for k, i in enumerate(self.step.group.numbers):
+            for k, i in enumerate(self.group.numbers):
                 counters[self.members, k] = values[f"c{i}"]
 
 

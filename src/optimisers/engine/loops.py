@@ -17,6 +17,7 @@ from .source import all_passes, source
 _PIECE = 2**14  # elements of a piece: its arrays fit the second-level cache
 _UNIT = 2**15  # what a thread takes at a time, in elements
 _OVERHEAD = 64  # what a piece costs beside its elements, in elements
+_MUCH = 2**21  # elements whose results would not stay in the caches
 _ALONE = 2**18  # less than this is not worth a second thread
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -57,11 +58,10 @@ class Loops:
         self._functions = []
         self._sums = []
         for i, this in enumerate(all_passes(program)):
-            function = getattr(library, f"pass_{i}")
-            function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 6
-            function.restype = None
-            self._functions.append(function)
+            self._functions.append(_function(library, f"pass_{i}"))
             self._sums.append([{"sum": np.add, "largest": np.maximum, "smallest": np.minimum}[n.op] for n in this.reductions])
+
+        self._apart = _function(library, "pass_apart") if program.last.stores else None
 
     @staticmethod
     def of(program: Program) -> Loops | None:
@@ -69,15 +69,28 @@ class Loops:
         library = build.built(source(program))
         return None if library is None else Loops(program, library)
 
-    def run(self, index: int, work: Table, pointers: Any, numbers: Any) -> list[Any]:
-        """Run a pass. For each number that it sums up: the values for the arrays of the work, in order."""
+    def run(self, index: int, work: Table, pointers: Any, numbers: Any, *, apart: bool = False) -> list[Any]:
+        """Run a pass. For each number that it sums up: the values for the arrays of the work, in order.
+
+        With ``apart`` the last pass writes to other memory than it reads, and if that is much, past the caches.
+        """
+        function = self._functions[index]
+        if apart and self._apart is not None and work.elements >= _MUCH:
+            function = self._apart
         combine = self._sums[index]
         sums = np.empty((len(work.pieces), len(combine)))
         next_unit = np.zeros(1, np.int64)
         arrays = (next_unit, work.first, work.pieces, pointers, numbers, sums)
         arguments = (len(work.first) - 1, *(a.__array_interface__["data"][0] for a in arrays))
-        _on_threads(self._functions[index], arguments, work.elements)
+        _on_threads(function, arguments, work.elements)
         return [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    function = getattr(library, name)
+    function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 6
+    function.restype = None
+    return function
 
 
 _pool: ThreadPoolExecutor | None = None

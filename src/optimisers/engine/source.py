@@ -36,6 +36,33 @@ static inline uint16_t rounded(float x) {
   uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return (uint16_t)(x != x ? 0x7fc0u : near);
 }
+
+#if defined(__AVX512F__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+/* 64 bytes to memory that is not going to be read soon: past the caches, which would have to read it first. */
+static inline void stream(void *to, const void *from, int aligned) {
+#if defined(__AVX512F__)
+  if (aligned) {
+    _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+    return;
+  }
+#elif defined(__AVX__)
+  if (aligned) {
+    _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+    _mm256_stream_si256((__m256i *)to + 1, _mm256_loadu_si256((const __m256i *)from + 1));
+    return;
+  }
+#endif
+  memcpy(to, from, 64);
+}
+
+static inline void streamed(void) {
+#if defined(__AVX512F__) || defined(__AVX__)
+  _mm_sfence();
+#endif
+}
 """
 
 # Units of work are handed out one by one, so that a thread that is held up does not hold up the others. A unit is a run of
@@ -51,8 +78,9 @@ void {name}(int64_t units, int64_t *next, const int64_t *first, const int64_t *p
       void *const *p = pointers + {width} * leaf;
       const double *q = numbers + {columns} * leaf;
 {head}
+{blocks}
 {pragma}
-      for (int64_t i = 0; i < n; ++i) {{
+      for (int64_t i = {done}; i < n; ++i) {{
 {body}
       }}
 {tail}
@@ -61,10 +89,29 @@ void {name}(int64_t units, int64_t *next, const int64_t *first, const int64_t *p
 }}
 """
 
+# The same loop for results in memory of their own: a block at a time, which goes past the caches. 32 elements of any dtype
+# make whole lines of 64 bytes.
+_LANES = 32
+_BLOCKS = """
+      const int aligned = (({addresses}) & 63) == 0;
+      const int64_t whole = n - n % {lanes};
+      for (int64_t block = 0; block < whole; block += {lanes}) {{
+        {buffers}
+        #pragma omp simd
+        for (int lane = 0; lane < {lanes}; ++lane) {{
+          const int64_t i = block + lane;
+{body}
+        }}
+{writes}
+      }}
+"""
+
 
 def source(program: Program) -> str:
     """The source of all passes of a program; Untraceable for what cannot be written in C."""
     functions = [_function(program, p, f"pass_{i}") for i, p in enumerate(all_passes(program))]
+    if program.last.stores:
+        functions.append(_function(program, program.last, "pass_apart", apart=True))
     return _HEADER + "".join(functions)
 
 
@@ -78,7 +125,7 @@ def pointer_names(program: Program) -> list[str]:
     return [*program.arrays, *(f"new {name}" for name, _ in program.last.stores)]
 
 
-def _function(program: Program, this: Pass, name: str) -> str:
+def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -> str:
     writer = _Writer(program)
     sums = []
     for k, node in enumerate(this.reductions):
@@ -90,13 +137,12 @@ def _function(program: Program, this: Pass, name: str) -> str:
             sign = ">" if node.op == "largest" else "<"
             writer.body.append(f"t{k} = ({value} {sign} t{k} || {value} != {value}) ? {value} : t{k};")
     names = pointer_names(program)
-    writes = []
-    for name_of, node in this.stores:
-        value = writer.element(node)
-        pointer = f"o_{name_of}"
-        ctype = _C_TYPES[node.dtype]
-        writer.pointers.append(f"{ctype} *const {pointer} = ({ctype} *)p[{names.index(f'new {name_of}')}] + start;")
-        writes.append(f"{pointer}[i] = {value};")
+    stores = []
+    for target, node in this.stores:
+        value, ctype = writer.element(node), _C_TYPES[node.dtype]
+        index = names.index(f"new {target}")
+        writer.pointers.append(f"{ctype} *const o_{target} = ({ctype} *)p[{index}] + start;")
+        stores.append((target, ctype, value))
     head = writer.pointers + writer.head + [f"double t{k} = {_START[node.op]};" for k, node in enumerate(this.reductions)]
     plain = all(node.op == "sum" for node in this.reductions)
     reduction = f" reduction(+ : {', '.join(sums)})" if sums else ""
@@ -106,9 +152,26 @@ def _function(program: Program, this: Pass, name: str) -> str:
         width=len(names),
         columns=len(program.columns),
         head=_lines(head, 6),
+        blocks=_blocks(writer.body, stores) if apart else "",
+        done="whole" if apart else "0",
         pragma=f"#pragma omp simd{reduction}" if plain else "",
-        body=_lines(writer.body + writes, 8),
-        tail=_lines(tail, 6),
+        body=_lines([*writer.body, *(f"o_{target}[i] = {value};" for target, _, value in stores)], 8),
+        tail=_lines([*tail, "streamed();"] if apart else tail, 6),
+    )
+
+
+def _blocks(body: list[str], stores: list[tuple[str, str, str]]) -> str:
+    writes = [
+        f"for (int part = 0; part < {_LANES}; part += 64 / sizeof({ctype})) "
+        f"stream(o_{target} + block + part, w_{target} + part, aligned);"
+        for target, ctype, _ in stores
+    ]
+    return _BLOCKS.format(
+        addresses=" | ".join(f"(uintptr_t)o_{target}" for target, _, _ in stores),
+        lanes=_LANES,
+        buffers=" ".join(f"{ctype} w_{target}[{_LANES}];" for target, ctype, _ in stores),
+        body=_lines([*body, *(f"w_{t}[lane] = {v};" for t, _, v in stores)], 10),
+        writes=_lines(writes, 8),
     )
 
 
