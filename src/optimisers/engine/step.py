@@ -13,8 +13,9 @@ import numpy as np
 
 from ..arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
 from ..errors import NonFiniteError, RuleError, described, locating
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, walk
+from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, walk
 from ..rules._precision import in_working_precision, map_state, state_leaves
+from .stacked import answers
 
 
 class Job(NamedTuple):
@@ -54,22 +55,29 @@ class _Run:
         self.stages: list[Stages] = [in_working_precision(job.rule, job.state, job.x, job.dx) for job in jobs]
         self.results: list[Any] = [None] * len(jobs)
         self.waiting: dict[int, Measurement] = {}
+        self.stackable: dict[int, Together] = {}
         self.checks: list[tuple[int, Measurement]] = []
         self.passed: list[Counter[str]] = [Counter() for _ in jobs]
 
     def outcomes(self) -> list[Outcome]:
         for i in range(len(self.jobs)):
             self._advance(i, None)
-        while self.waiting:
-            self._release(self._next_scope())
+        while self.waiting or self.stackable:
+            if self.stackable:
+                self._step_together()
+            else:
+                self._release(self._next_scope())
         self._check()
         return [_outcome(job, *result) for job, result in zip(self.jobs, self.results, strict=True)]
 
-    def _advance(self, i: int, measure: tuple[Any, ...] | None) -> None:
+    def _advance(self, i: int, answer: tuple[Any, ...] | None) -> None:
         try:
             with locating(self.jobs[i].path):
-                request = self.stages[i].send(measure)  # type: ignore[arg-type]
+                request = self.stages[i].send(answer)
                 while True:
+                    if isinstance(request, Together):
+                        self.stackable[i] = request
+                        return
                     if request.rule.checks:
                         self.checks.append((i, request))
                     if request.rule.scope is not None:
@@ -78,6 +86,12 @@ class _Run:
                     request = self.stages[i].send(request.rule.combine([request.value]))
         except StopIteration as stop:
             self.results[i] = stop.value
+
+    def _step_together(self) -> None:
+        requests, self.stackable = self.stackable, {}
+        found = answers(list(requests.values()), [self.jobs[i].path for i in requests])
+        for i, answer in zip(requests, found, strict=True):
+            self._advance(i, answer)
 
     def _release(self, scope: str) -> None:
         members = [i for i, request in self.waiting.items() if request.rule.scope == scope]
