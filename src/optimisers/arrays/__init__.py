@@ -5,8 +5,10 @@ Dispatch is by type. torch is never imported here: if an array is a tensor, torc
 
 from ._elementwise import abs2 as abs2
 from ._elementwise import absolute as absolute
+from ._elementwise import add_multiple as add_multiple
 from ._elementwise import clip as clip
 from ._elementwise import full_like as full_like
+from ._elementwise import interpolate as interpolate
 from ._elementwise import maximum as maximum
 from ._elementwise import minimum as minimum
 from ._elementwise import sign as sign
@@ -21,6 +23,7 @@ from ._host import copied as copied
 from ._host import detached as detached
 from ._host import host_int as host_int
 from ._host import is_concrete as is_concrete
+from ._host import is_plain as is_plain
 from ._host import memory_key as memory_key
 from ._host import read_int as read_int
 from ._host import share_memory as share_memory
@@ -39,9 +42,11 @@ from ._kinds import real_dtype as real_dtype
 from ._kinds import torch_if_loaded as torch_if_loaded
 from ._kinds import working_dtype as working_dtype
 from ._matrices import add_matmul as add_matmul
+from ._matrices import gram as gram
 from ._matrices import identity_like as identity_like
 from ._matrices import matmul as matmul
 from ._matrices import matrix_norm as matrix_norm
+from ._matrices import on_cpu as on_cpu
 from ._matrices import quick_in_bfloat16 as quick_in_bfloat16
 from ._random import normal as normal
 from ._random import random_bits as random_bits

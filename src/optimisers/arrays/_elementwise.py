@@ -114,3 +114,17 @@ def _extremum(name: str, clamp: str, a: Array, b: Array) -> Array:
 def clip(x: Array, low: Any, high: Any) -> Array:
     """x limited to [low, high]; NaN stays NaN."""
     return minimum(maximum(x, low), high)
+
+
+def add_multiple(a: Array, b: Array, factor: Any) -> Array:
+    """``a + factor * b``, in one pass where the library has one."""
+    if kind(a) == "torch" and isinstance(factor, (int, float)):
+        return sys.modules["torch"].add(a, b, alpha=factor)
+    return a + factor * b
+
+
+def interpolate(a: Array, b: Array, weight: Any) -> Array:
+    """``(1 - weight) * a + weight * b``, in one pass where the library has one."""
+    if kind(a) == "torch" and isinstance(weight, (int, float)) and a.dtype == b.dtype:
+        return sys.modules["torch"].lerp(a, b, weight)
+    return (1 - weight) * a + weight * b

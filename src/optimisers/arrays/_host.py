@@ -27,6 +27,15 @@ def can_read(x: Array) -> bool:
     return _torch.can_read(x)
 
 
+def is_plain(x: Array) -> bool:
+    """Whether x is an array of its library itself, in the order of its indices, and now to be had: not in a transform."""
+    if kind(x) != "torch":
+        return type(x) is np.ndarray and x.flags.c_contiguous
+    from . import _torch
+
+    return _torch.is_plain(x)
+
+
 def share_memory(a: Array, b: Array) -> bool:
     """Whether two arrays may lie in the same memory."""
     if a is b:

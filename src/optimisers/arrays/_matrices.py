@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
 from ._kinds import Array, cast_to, dtype_name, is_complex, kind
+from ._reductions import concatenate
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -16,13 +19,53 @@ def matmul(a: Array, b: Array) -> Array:
     return a @ b
 
 
-def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float) -> Array:
-    """``beta * c + alpha * a @ b`` for matrices or stacks of them, in one pass where the library has one."""
+def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float, *, symmetric: bool = False) -> Array:
+    """``beta * c + alpha * a @ b`` for matrices or stacks of them, in one pass where the library has one.
+
+    symmetric: the result is known to be so, and its lower half may be taken from the upper one.
+    """
+    if symmetric and (parts := _parts(a)) > 1:
+        return _mirrored(lambda i, j: add_matmul(c[..., i, j], a[..., i, :], b[..., j], beta, alpha), c.shape[-1], parts)
     if kind(a) == "torch" and a.ndim in {2, 3}:
         torch = sys.modules["torch"]
         fused = torch.addmm if a.ndim == 2 else torch.baddbmm
         return fused(c, a, b, beta=beta, alpha=alpha)
     return beta * c + alpha * (a @ b)
+
+
+def gram(x: Array) -> Array:
+    """``x @ x.mT``, whose lower half may be taken from the upper one."""
+    if (parts := _parts(x)) > 1:
+        return _mirrored(lambda i, j: x[..., i, :] @ x.mT[..., j], x.shape[-2], parts)
+    return x @ x.mT
+
+
+# From so many multiplications on, leaving out half of them is worth the copies; from this side on, four parts beat two.
+_SYMMETRIC_FROM, _FOUR_FROM = 2e8, 768
+
+
+def _parts(x: Array) -> int:
+    """In how many block rows to compute a symmetric product with x on the left. NumPy knows ``x @ x.mT`` by itself."""
+    side, inner = x.shape[-2:]
+    if kind(x) != "torch" or side * side * inner < _SYMMETRIC_FROM or x.device.type != "cpu":
+        return 1
+    return 4 if side >= _FOUR_FROM else 2
+
+
+def _mirrored(block: Callable[[slice, slice], Array], side: int, parts: int) -> Array:
+    """A symmetric matrix from block rows that begin at the diagonal; block is given the rows and the columns."""
+    cut = [side * i // parts for i in range(parts + 1)]
+    upper = [block(slice(lo, hi), slice(lo, None)) for lo, hi in pairwise(cut)]
+    rows = []
+    for i, row in enumerate(upper):
+        left = [upper[j][..., cut[i] - cut[j] : cut[i + 1] - cut[j]].mT for j in range(i)]
+        rows.append(concatenate([*left, row], axis=-1))
+    return concatenate(rows, axis=-2)
+
+
+def on_cpu(x: Array) -> bool:
+    """Whether x is computed with on the CPU."""
+    return kind(x) != "torch" or bool(x.device.type == "cpu")
 
 
 def identity_like(x: Array) -> Array:

@@ -66,7 +66,7 @@ def sum_over(x: Array, axis: int | None) -> Array:
 
 
 def stack(values: Sequence[Array]) -> Array:
-    """0-d numbers as one vector, a tensor if one of them is a tensor."""
+    """Arrays of one shape along a new first axis, a tensor if one of them is a tensor; numbers as one vector."""
     first = next((value for value in values if kind(value) == "torch"), None)
     if first is None:
         return np.array(values)

@@ -39,6 +39,13 @@ def can_read(x: torch.Tensor) -> bool:
     return not (is_transformed(x) or isinstance(x, FakeTensor) or x.device.type == "meta")
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is a strided tensor of no special class, contiguous, and outside of transforms and traces."""
+    if torch.compiler.is_compiling() or type(x) not in {torch.Tensor, torch.nn.Parameter} or x.layout != torch.strided:
+        return False
+    return x.is_contiguous() and not is_transformed(x)
+
+
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views of one storage."""
     if memory_of(a) is None or memory_of(b) is None or a.device != b.device:

@@ -13,7 +13,7 @@ from ..errors import TieError
 from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree
-from .dense import element_strides, is_plain
+from .dense import element_strides, is_loopable
 from .group_step import GroupStep, Missed
 from .held import Held, Plan, grouped
 from .step import Job, Outcome, Single, quiet, run
@@ -186,7 +186,9 @@ def _odd_lease(entry: Entry, state: Any, lease: Lease) -> Lease:
 def _is_odd(x: Any, strides: tuple[int, ...], in_place: bool) -> bool:
     """Whether a parameter is not laid out as its state is, or cannot be written."""
     return (
-        not is_plain(x) or element_strides(x) != strides or (in_place and isinstance(x, np.ndarray) and not x.flags.writeable)
+        not is_loopable(x)
+        or element_strides(x) != strides
+        or (in_place and isinstance(x, np.ndarray) and not x.flags.writeable)
     )
 
 

@@ -31,7 +31,7 @@ def element_strides(x: Any) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides) if isinstance(x, np.ndarray) else tuple(x.stride())
 
 
-def is_plain(x: Any) -> bool:
+def is_loopable(x: Any) -> bool:
     """Whether x lies in the host's memory without gaps or lazy operations, and is of no class of its own."""
     if type(x) is np.ndarray:
         if not (x.flags.aligned and x.dtype.isnative):

@@ -12,7 +12,7 @@ from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, evaluated, 
 from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
-from .dense import Vector, addresses_of, element_strides, is_plain
+from .dense import Vector, addresses_of, element_strides, is_loopable
 from .group import Group, Variant, inner
 from .held import Generation
 from .loops import Loops
@@ -53,7 +53,7 @@ class GroupStep:
         wide = working_dtype(group.dtype)
         for i in self.members:
             dx = cast_to(self.dxs[i], wide) if mixed else self.dxs[i]
-            if not is_plain(dx) or element_strides(dx) != group.strides[i]:
+            if not is_loopable(dx) or element_strides(dx) != group.strides[i]:
                 dx = _laid_out_as(self.xs[i], dx)
             self.dxs[i] = dx
 
@@ -195,11 +195,11 @@ class GroupTrack(Track):
         for k, column in enumerate(self.generation.columns):
             self.pointers[:, 2 + k] = column.addresses
 
-    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
+    def advance(self, answer: Any) -> Request | None:
         program = self.program
-        if measure is not None:
+        if answer is not None:
             boundary = program.boundaries[self._asked - 1]
-            for name, value in zip(boundary.names or (), measure, strict=True):
+            for name, value in zip(boundary.names or (), answer, strict=True):
                 self.matrix[:, program.columns[name]] = float(value)
             self._check_guards()
         while self._asked < len(program.boundaries):

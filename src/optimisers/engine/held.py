@@ -13,7 +13,7 @@ from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.leaves import Slot
 from . import build
-from .dense import Vector, addresses_of, element_strides, is_plain
+from .dense import Vector, addresses_of, element_strides, is_loopable
 from .group import Group
 from .memory import Column, Pool
 from .program import COMPILED
@@ -72,7 +72,7 @@ class Generation:
             except Untraceable:
                 return False
             leaves = state_leaves(state)
-            if any(not is_plain(leaves[i]) or element_strides(leaves[i]) != group.strides[member] for i in group.arrays):
+            if any(not is_loopable(leaves[i]) or element_strides(leaves[i]) != group.strides[member] for i in group.arrays):
                 return False
         for k, i in enumerate(group.arrays):
             arrays = {member: state_leaves(state)[i] for member, state in states.items()}
@@ -256,7 +256,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: S
 def _key(entry: Entry, x: Any) -> Any:
     """What parameters of one group have in common; None for one that no loop can step."""
     rule = entry.rule
-    if rule is None or rule.law not in {"elementwise", "measured"} or not is_plain(x):
+    if rule is None or rule.law not in {"elementwise", "measured"} or not is_loopable(x):
         return None
     dtype = dtype_name(x)
     if dtype not in COMPILED:
@@ -269,7 +269,7 @@ def _key(entry: Entry, x: Any) -> Any:
         if rule.law == "measured" and x.ndim == 0:
             return None
         for leaf, part in zip(state_leaves(entry.state), form, strict=True):
-            if part.form == "array" and not (is_plain(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
+            if part.form == "array" and not (is_loopable(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
                 return None
             if not is_number(leaf) and getattr(leaf, "requires_grad", False):
                 return None

@@ -15,8 +15,9 @@ import numpy as np
 
 from ..arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
 from ..errors import NonFiniteError, RuleError, described, locating
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, walk
+from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, walk
 from ..rules._precision import in_working_precision, map_state, state_leaves
+from .stacked import answers
 
 
 class Job(NamedTuple):
@@ -50,8 +51,8 @@ class Track(ABC):
     passed: Counter[str]
 
     @abstractmethod
-    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
-        """Go on, with the combined measure that was asked for last; None at the end."""
+    def advance(self, answer: Any) -> Request | Together | None:
+        """Go on, with the answer to what was asked for last: a combined measure, or a (new state, step). None at the end."""
 
     @abstractmethod
     def paths(self) -> list[str]:
@@ -70,21 +71,26 @@ class Single(Track):
         self.passed = Counter()
         self.checks: list[Measurement] = []
         self.result: Any = None
+        self._measures = False
         self._stages: Stages = in_working_precision(job.rule, job.state, job.x, job.dx)
 
     def paths(self) -> list[str]:
         return [self.job.path]
 
-    def advance(self, measure: tuple[Any, ...] | None) -> Request | None:
-        if measure is not None:
-            measure = _beside(measure, self.job.x)
+    def advance(self, answer: Any) -> Request | Together | None:
+        if self._measures:
+            answer = _beside(answer, self.job.x)
+        self._measures = False
         try:
             with locating(self.job.path):
-                request = self._stages.send(measure)  # type: ignore[arg-type]
+                request = self._stages.send(answer)
                 while True:
+                    if isinstance(request, Together):
+                        return request
                     if request.rule.checks:
                         self.checks.append(request)
                     if request.rule.scope is not None:
+                        self._measures = True
                         return Request(request.rule, [request.value])
                     request = self._stages.send(request.rule.combine([request.value]))
         except StopIteration as stop:
@@ -116,15 +122,24 @@ def quiet(jobs: Sequence[Job]) -> AbstractContextManager[Any]:
 def run(tracks: Sequence[Track]) -> None:
     """Take all tracks to their end, side by side; NonFiniteError if a check finds a fault. Nothing is written."""
     waiting: dict[int, Request] = {}
+    stackable: dict[int, Together] = {}
 
-    def advance(i: int, measure: tuple[Any, ...] | None) -> None:
-        request = tracks[i].advance(measure)
-        if request is not None:
+    def advance(i: int, answer: Any) -> None:
+        request = tracks[i].advance(answer)
+        if isinstance(request, Together):
+            stackable[i] = request
+        elif request is not None:
             waiting[i] = request
 
     for i in range(len(tracks)):
         advance(i, None)
-    while waiting:
+    while waiting or stackable:
+        if stackable:
+            asked, stackable = stackable, {}
+            found = answers(list(asked.values()), [tracks[i].paths()[0] for i in asked])
+            for i, answer in zip(asked, found, strict=True):
+                advance(i, answer)
+            continue
         scope = _next_scope(tracks, waiting)
         members = [i for i, request in waiting.items() if request.rule.scope == scope]
         requests = [waiting.pop(i) for i in members]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
 from ..errors import OptimisersError
-from ..rules._base import AbstractRule, Assign
+from ..rules._base import AbstractRule, Assign, Together
 from ..rules._precision import in_working_precision, state_leaves
 from ..rules.scheduled import Scheduled
 from .program import COMPILED, Boundary, Part, Place, Program, Schedule, program_of
@@ -216,6 +216,8 @@ def _run(
     try:
         request = next(stages)
         while True:
+            if isinstance(request, Together):
+                raise Untraceable("it needs whole arrays")
             values = tuple(tracer.lift(as_array(value)) for value in request.value)
             if any(value.element for value in values):
                 raise Untraceable("its measure is no number")

@@ -36,7 +36,16 @@ class Measurement(NamedTuple):
     value: tuple[Any, ...]
 
 
-Stages: TypeAlias = Generator[Measurement, tuple[Any, ...], tuple[State, Any]]
+class Together(NamedTuple):
+    """What a stackable rule asks the engine for: its (new state, step), computed alone or with others like it."""
+
+    rule: AbstractRule
+    state: State
+    x: Array
+    dx: Array
+
+
+Stages: TypeAlias = Generator[Measurement | Together, Any, tuple[State, Any]]
 
 
 class AbstractRule(ABC):
@@ -232,13 +241,24 @@ def _pair(rule: AbstractRule, method: str, result: Any) -> tuple[State, Any]:
     return result
 
 
+def stages_of(rule: AbstractRule, state: State, x: Array, dx: Array) -> Stages:
+    """The stages of a rule, as the engine and rules made of rules run them: a stackable one in a single request."""
+    if rule.law == "stackable":
+        return (yield Together(rule, state, x, dx))  # type: ignore[no-any-return]
+    return (yield from rule.stages(state, x, dx))
+
+
 def run_alone(stages: Stages) -> tuple[State, Any]:
     """Run the stages of one array to their end, every measure taken over this array alone."""
+    answer: Any = None
     try:
-        request = next(stages)
         while True:
-            check_alone(request)
-            request = stages.send(request.rule.combine([request.value]))
+            request = stages.send(answer)
+            if isinstance(request, Together):
+                answer = run_alone(request.rule.stages(request.state, request.x, request.dx))
+            else:
+                check_alone(request)
+                answer = request.rule.combine([request.value])
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 

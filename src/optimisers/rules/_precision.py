@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..arrays import HALF, Array, as_array, cast_to, dtype_name, is_number, kind, working_dtype
-from ._base import AbstractRule, Stages, State, children, with_child
+from ._base import AbstractRule, Stages, State, children, stages_of, with_child
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) 
     if own != wide:
         x = cast_to(x, wide)
     dx = cast_to(dx, dtype_name(x))
-    after, step = yield from rule.stages(map_state(_widened, state) if half else state, x, dx)
+    after, step = yield from stages_of(rule, map_state(_widened, state) if half else state, x, dx)
     return _rounded(after, state), step
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays import Array
 from ..errors import RuleError, not_a_rule
 from ._adjust import with_eta
-from ._base import AbstractRule, CompositeRule, Law, Stages, State, walk
+from ._base import AbstractRule, CompositeRule, Law, Stages, State, stages_of, walk
 from .mixedprecision import MixedPrecision
 
 
@@ -68,7 +68,7 @@ class OptimiserChain(CompositeRule):
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         after = list(state)
         for i, rule in enumerate(self.rules):
-            after[i], dx = yield from rule.stages(state[i], x, dx)
+            after[i], dx = yield from stages_of(rule, state[i], x, dx)
             if dx is None:
                 break
         return tuple(after), dx

@@ -10,7 +10,7 @@ from ..arrays import Array, concatenate
 from ..errors import HyperParameterError, RuleError
 from ._base import AbstractRule, State
 from ._fields import Choice, Interval, bounded
-from .newtonschulz import NewtonSchulz, orthogonalise
+from .newtonschulz import NewtonSchulz, sign_times
 
 SCALES = Choice(("jordan", "moonlight", "rms", "none"))
 LAYOUTS = Choice(("out_in", "in_out"))
@@ -102,14 +102,14 @@ def block_sizes(rule: Any, x: Array) -> tuple[int, ...]:
     return tuple(size * inner for size in sizes)
 
 
-def matrix_step(rule: Any, u: Array) -> Array:
-    """u orthogonalised block by block and scaled, in its own shape."""
+def matrix_step(rule: Any, u: Array, factor: Any = 1.0) -> Array:
+    """u orthogonalised block by block, scaled and multiplied by a factor, in its own shape."""
     shape = tuple(u.shape)
     matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
     sizes = block_sizes(rule, u)
     rows_first = rule.layout == "out_in"
     if len(sizes) == 1:
-        return (_scale(rule, matrix) * orthogonalise(matrix, rule.ns)).reshape(shape)
+        return sign_times(factor * _scale(rule, matrix), matrix, rule.ns).reshape(shape)
     if not rows_first:
         matrix = matrix.mT
     pieces = []
@@ -118,8 +118,8 @@ def matrix_step(rule: Any, u: Array) -> Array:
         lead, columns = matrix.shape[:-2], matrix.shape[-1]
         stack = matrix[..., start : start + size * count, :].reshape((*lead, count, size, columns))
         start += size * count
-        scale = _scale(rule, stack if rows_first else stack.mT)
-        pieces.append((scale * orthogonalise(stack, rule.ns)).reshape((*lead, count * size, columns)))
+        scale = factor * _scale(rule, stack if rows_first else stack.mT)
+        pieces.append(sign_times(scale, stack, rule.ns).reshape((*lead, count * size, columns)))
     whole = concatenate(pieces, axis=-2)
     return (whole if rows_first else whole.mT).reshape(shape)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import Array, is_complex, zeros_like
+from ..arrays import Array, add_multiple, interpolate, is_complex, zeros_like
 from ..errors import HyperParameterError, RuleError
 from ._adjust import has_eta, scaled
 from ._base import AbstractRule, CompositeRule, Law, Stages, State
@@ -135,19 +135,19 @@ class Muon(CompositeRule):
         if not self._is_matrix(x):
             return (yield from self.opt.stages(state, x, dx))
         state, u = self._momentum(state, dx)
-        return state, self.eta * matrix_step(self, u) + self.eta * self.lambda_ * x
+        return state, add_multiple(matrix_step(self, u, self.eta), x, self.eta * self.lambda_)
 
     def _momentum(self, state: State, dx: Array) -> tuple[State, Array]:
         """The new state, and what is to be orthogonalised."""
         mu = self.mu
         if self.momentum == "classic":
-            m = mu * state + dx
-            return m, dx + mu * m if self.nesterov else m
+            m = add_multiple(dx, state, mu)
+            return m, add_multiple(dx, m, mu) if self.nesterov else m
         if self.momentum == "ema":
-            m = mu * state + (1 - mu) * dx
-            return m, mu * m + (1 - mu) * dx if self.nesterov else m
+            m = interpolate(state, dx, 1 - mu)
+            return m, interpolate(m, dx, 1 - mu) if self.nesterov else m
         m, power = state
-        m = mu * m + (1 - mu) * dx
+        m = interpolate(m, dx, 1 - mu)
         if not self.nesterov:
             return (m, power * mu), m / (1 - power)
         return (m, power * mu), mu / (1 - power * mu) * m + (1 - mu) / (1 - power) * dx

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import (
+    HALF,
     Array,
     add_matmul,
     as_dtype_name,
     cast_to,
     dtype_name,
+    gram,
     identity_like,
     is_complex,
     is_inexact,
+    is_number,
     kind,
     matrix_norm,
     maximum,
+    on_cpu,
     quick_in_bfloat16,
     sqrt,
     where,
@@ -51,8 +55,10 @@ POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 """Amsel et al. 2025, https://arxiv.org/abs/2505.16932: the optimal polynomials in turn; the last one for ever after."""
 
-# From here on iterating on the Gram matrix is quicker (sides 64 and up; measured on a CPU in float32).
-_GRAM_FROM, _GRAM_ASPECT = 64, 2.5
+_GRAM_FROM = 64  # the shortest side for which iterating on the Gram matrix was found quicker
+
+# By how much a block of steps may amplify the rounding of its Gram matrix: (in half precision, else).
+_AMPLIFICATION = (60.0, 250.0)
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,17 @@ def orthogonalise(x: Array, ns: NewtonSchulz = NewtonSchulz()) -> Array:
         got = f"shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else type(x).__name__
         msg = f"orthogonalise: expected a real floating point array of shape (..., rows, columns), got {got}"
         raise ArgumentError(msg)
+    return sign_times(1.0, x, ns)
+
+
+def sign_times(scale: Any, x: Array, ns: NewtonSchulz) -> Array:
+    """``scale * orthogonalise(x, ns)`` for an x that was checked; a plain number is put into the last polynomial."""
     if 0 in x.shape:
         return x
-    own = dtype_name(x)
+    own, shape = dtype_name(x), x.shape
     y = cast_to(x, working_dtype(own))
+    if len(shape) > 3:
+        y = y.reshape((-1, *shape[-2:]))
     size = matrix_norm(y)  # kept in float64, where no finite float32 matrix over- or underflows
     bound = size * ns.safety_factor
     bound = bound + ns.epsilon if ns.normaliser == "add" else maximum(bound, ns.epsilon)
@@ -165,12 +178,19 @@ def orthogonalise(x: Array, ns: NewtonSchulz = NewtonSchulz()) -> Array:
         root = cast_to(1 / sqrt(bound), dtype_name(y))
         y = y * root * root
     y = cast_to(y, _compute_dtype(x, ns))
+    triples = ns.triples()
+    if is_number(scale) and dtype_name(y) == own:
+        a, b, c = triples[-1]
+        triples, scale = (*triples[:-1], (scale * a, scale * b, scale * c)), None
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     short, long = y.shape[-2:]
-    iterate = _by_gram if short >= _GRAM_FROM and long >= _GRAM_ASPECT * short else _plain
-    y = iterate(y, ns.triples())
-    return cast_to(y.mT if tall else y, own)
+    # Counting products, 1.5 times the short side is long enough; the rest is overhead. Measured on a CPU in float32.
+    enough = 1.5 * short + 96 if on_cpu(y) else 2.5 * short
+    iterate = _by_gram if short >= _GRAM_FROM and long >= enough else _plain
+    y = iterate(y, triples)
+    y = cast_to(y.mT if tall else y, own)
+    return (y if scale is None else scale * y).reshape(shape)
 
 
 def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
@@ -183,23 +203,48 @@ def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
 def _plain(x: Array, triples: tuple[Triple, ...]) -> Array:
     """The iteration as written; x is (..., short, long)."""
     for a, b, c in triples:
-        gram = x @ x.mT
-        x = add_matmul(x, add_matmul(gram, gram, gram, b, c), x, a, 1.0)
+        g = gram(x)
+        x = add_matmul(x, add_matmul(g, g, g, b, c, symmetric=True), x, a, 1.0)
     return x
 
 
 def _by_gram(x: Array, triples: tuple[Triple, ...]) -> Array:
-    """The same on the (short, short) side: gather Q = p_k(G) ... p_1(G), and multiply x by it.
+    """The same on the (short, short) side: Q = p_k(G_k) ... p_1(G_1) with G_{i+1} = p_i(G_i) G_i p_i(G_i), and then Q X.
 
-    Rounding leaves G with eigenvalues slightly below zero, which each step multiplies by up to a**2, so the Gram matrix is
-    made anew from x after every second step (Zhang, Amsel, Chen & Dao 2026).
+    All of these are polynomials in G_1 = X X^T: they commute, and every product of them is symmetric. Rounding leaves G_1
+    with eigenvalues slightly off, and the steps amplify that, so it is made anew from X after every block of steps (Zhang,
+    Amsel, Chen & Dao 2026).
     """
-    for start in range(0, len(triples), 2):
-        gram = x @ x.mT
-        product = None
-        for a, b, c in triples[start : start + 2]:
-            step = add_matmul(gram, gram, gram, b, c) + a * identity_like(gram)
-            product = step if product is None else step @ product
-            gram = step @ gram @ step
-        x = product @ x
+    half = dtype_name(x) in HALF
+    for block in _blocks(triples, _AMPLIFICATION[0] if half else _AMPLIFICATION[1]):
+        g = gram(x)
+        (a, b, c), *others = block
+        s = add_matmul(g, g, g, b, c, symmetric=True)
+        q = s + a * identity_like(g)
+        for next_a, b, c in others:
+            g = add_matmul(g, s, g, a, 1.0, symmetric=True)
+            g = add_matmul(g, s, g, a, 1.0, symmetric=True)
+            a = next_a
+            s = add_matmul(g, g, g, b, c, symmetric=True)
+            q = add_matmul(q, s, q, a, 1.0, symmetric=True)
+        x = q @ x
     return x
+
+
+def _blocks(triples: tuple[Triple, ...], limit: float) -> list[list[Triple]]:
+    """The steps in blocks that share one Gram matrix, each as long as it amplifies that matrix's rounding by at most limit.
+
+    A small singular value grows by q(e) = (a_1 + b_1 e) (a_2 + b_2 a_1^2 e) ..., where e is the rounding in its place of the
+    Gram matrix. The amplification is q'(0) / q(0).
+    """
+    blocks: list[list[Triple]] = []
+    error = growth = 0.0
+    for a, b, c in triples:
+        more = abs(b / a) if a else math.inf
+        if blocks and error + growth * more <= limit:
+            blocks[-1].append((a, b, c))
+        else:
+            blocks.append([(a, b, c)])
+            error, growth = 0.0, 1.0
+        error, growth = error + growth * more, growth * a * a
+    return blocks

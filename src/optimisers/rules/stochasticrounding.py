@@ -9,7 +9,7 @@ from typing import Any
 from ..arrays import Array, cast_to, dtype_name, rounded_at_random
 from ..errors import RuleError, not_a_rule
 from ._adjust import with_eta
-from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stepped, walk
+from ._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stages_of, stepped, walk
 from ._fields import Interval, bounded
 from ._seeds import stream_key
 from .mixedprecision import MixedPrecision
@@ -84,7 +84,7 @@ class StochasticRounding(CompositeRule):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         count, key, inner = state
-        inner, step = yield from self.rule.stages(inner, x, dx)
+        inner, step = yield from stages_of(self.rule, inner, x, dx)
         if step is None or key is None:
             return (count, key, inner), step
         value = rounded_at_random(cast_to(stepped(x, step), "float32"), key, count)
