@@ -10,8 +10,9 @@ import numpy as np
 
 from ._elementwise import sqrt
 from ._kinds import Array, cast_to, dtype_name, kind, namespace, real_dtype
-from ._traced import Traced, count_where, unary_test
-from ._traced import norm as traced_norm
+from ._traced import Traced, unary_test
+from ._traced_norms import count_where
+from ._traced_norms import norm as traced_norm
 
 
 def norm(x: Array, p: float = 2.0) -> Array:

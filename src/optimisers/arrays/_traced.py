@@ -7,7 +7,6 @@ library whose arrays it stands for, to the last bit, so that a compiled loop giv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -266,7 +265,7 @@ def _prepared(values: tuple[Any, ...]) -> tuple[Tracer, list[Traced], str, bool]
     return tracer, lifted, dtype, any(v.element for v in lifted)
 
 
-def _in(dtype: str, v: Traced) -> Traced:
+def in_dtype(dtype: str, v: Traced) -> Traced:
     """v as an operand of that dtype."""
     return v if v.dtype == dtype else v.tracer.node("cast", (v,), dtype, element=v.element)
 
@@ -276,7 +275,7 @@ def binary(op: str, a: Any, b: Any) -> Traced:
     tracer, (x, y), dtype, element = _prepared((a, b))
     if dtype == "bool" or (dtype == "int" and op == "div"):
         dtype = HOST
-    return tracer.node(op, (_in(dtype, x), _in(dtype, y)), dtype, element=element)
+    return tracer.node(op, (in_dtype(dtype, x), in_dtype(dtype, y)), dtype, element=element)
 
 
 def unary(op: str, x: Traced) -> Traced:
@@ -286,13 +285,13 @@ def unary(op: str, x: Traced) -> Traced:
         raise Untraceable(f"it takes {op} of {dtype}")
     if x.element and (op in {"exp", "log", "tanh"} or (op == "sqrt" and x.tracer.library == "torch")):
         x.tracer.exact = False  # torch's own root may be off by one unit in the last place
-    return x.tracer.node(op, (_in(dtype, x),), dtype, element=x.element)
+    return x.tracer.node(op, (in_dtype(dtype, x),), dtype, element=x.element)
 
 
 def extremum(op: str, a: Any, b: Any) -> Traced:
     """The larger (``"max"``) or smaller (``"min"``) one, NaN if either is."""
     tracer, (x, y), dtype, element = _prepared((a, b))
-    return tracer.node(op, (_in(dtype, x), _in(dtype, y)), dtype, element=element)
+    return tracer.node(op, (in_dtype(dtype, x), in_dtype(dtype, y)), dtype, element=element)
 
 
 def compare(op: str, a: Any, b: Any) -> Any:
@@ -302,7 +301,7 @@ def compare(op: str, a: Any, b: Any) -> Any:
             return op == "ne"
         raise Untraceable(f"it compares with {type(b).__name__}")
     tracer, (x, y), dtype, element = _prepared((a, b))
-    return tracer.node(op, (_in(dtype, x), _in(dtype, y)), "bool", element=element)
+    return tracer.node(op, (in_dtype(dtype, x), in_dtype(dtype, y)), "bool", element=element)
 
 
 def logical(op: str, a: Any, b: Any) -> Traced:
@@ -324,7 +323,7 @@ def power(x: Traced, exponent: Any) -> Traced:
     dtype = HOST if dtype == "int" else dtype
     if element:
         tracer.exact = False
-    return tracer.node("pow", (_in(dtype, a), _in(dtype, b)), dtype, element=element)
+    return tracer.node("pow", (in_dtype(dtype, a), in_dtype(dtype, b)), dtype, element=element)
 
 
 def select(condition: Traced, a: Any, b: Any) -> Traced:
@@ -337,7 +336,7 @@ def select(condition: Traced, a: Any, b: Any) -> Traced:
     element = condition.element or x.element or y.element
     if condition.element and not (x.element or y.element) and dtype in {HOST, "int"}:
         raise Untraceable("it makes an array of two numbers")
-    return tracer.node("where", (condition, _in(dtype, x), _in(dtype, y)), dtype, element=element)
+    return tracer.node("where", (condition, in_dtype(dtype, x), in_dtype(dtype, y)), dtype, element=element)
 
 
 def sign(x: Traced) -> Traced:
@@ -349,7 +348,7 @@ def filled(x: Traced, value: Any) -> Traced:
     """An array like x, filled with a number."""
     if not x.element:
         raise Untraceable("it makes an array like a number")
-    return x.tracer.node("fill", (_in(x.dtype, x.tracer.lift(value)),), x.dtype, element=True)
+    return x.tracer.node("fill", (in_dtype(x.dtype, x.tracer.lift(value)),), x.dtype, element=True)
 
 
 def reduce(op: str, x: Traced) -> Traced:
@@ -358,36 +357,13 @@ def reduce(op: str, x: Traced) -> Traced:
         return x
     if op == "sum":
         x.tracer.exact = False
-        return x.tracer.node("sum", (_in("float64", x),), "float64", element=False)
+        return x.tracer.node("sum", (in_dtype("float64", x),), "float64", element=False)
     return x.tracer.node(op, (x,), x.dtype, element=False)
-
-
-def norm(x: Traced, p: Any) -> Traced:
-    """As `arrays.norm`."""
-    p, a = float(p), abs(x)
-    if math.isinf(p):
-        return cast(reduce("largest" if p > 0 else "smallest", a), "float64")
-    if p == 0:
-        return count_where(compare("ne", a, 0.0))
-    if x.dtype == "float64":  # scaled, since squares over- or underflow
-        top = reduce("largest", a)
-        safe = select((top > 0) & unary_test("isfinite", top), top, 1.0)
-        a = a / safe
-        if p != 2:
-            return power(reduce("sum", power(a, p)), 1 / p) * safe
-        return unary("sqrt", reduce("sum", a * a)) * safe
-    a = cast(a, "float64")
-    return unary("sqrt", reduce("sum", a * a)) if p == 2 else power(reduce("sum", power(a, p)), 1 / p)
 
 
 def unary_test(op: str, x: Traced) -> Traced:
     """isnan, isfinite."""
     return x.tracer.node(op, (x,), "bool", element=x.element)
-
-
-def count_where(condition: Traced) -> Traced:
-    """How often a condition on elements holds, as a float64 number."""
-    return condition.tracer.node("sum", (_in("float64", condition),), "float64", element=False)
 
 
 def call(tracer: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

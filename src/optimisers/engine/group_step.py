@@ -147,9 +147,10 @@ class GroupStep:
                 new[i] = empty_like(self.xs[i])
             else:
                 size = int(group.sizes[i])
-                block = pool.take(size, group.native_dtype, (number, -1, turn[size]))
+                block, hold = pool.take(size, group.native_dtype, (number, -1, turn[size]))
                 turn[size] += 1
                 new[i] = block.array(0, group.shapes[i], group.strides[i])
+                del hold
         return new
 
 

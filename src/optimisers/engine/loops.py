@@ -116,7 +116,11 @@ def _on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> Non
         return
     if _pool is None or _pool._max_workers < others:
         _pool = ThreadPoolExecutor(others, "optimisers")
-    helpers: list[Future[Any]] = [_pool.submit(function, *arguments) for _ in range(others)]
+    helpers: list[Future[Any]] = []
+    try:
+        helpers.extend(_pool.submit(function, *arguments) for _ in range(others))
+    except RuntimeError:  # the interpreter is shutting down, and takes no new work
+        pass
     try:
         function(*arguments)
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,21 +32,26 @@ class Pool:
 
     def __init__(self) -> None:
         self._blocks: defaultdict[tuple[Any, ...], list[Block]] = defaultdict(list)
+        self._lock = Lock()
 
     def __deepcopy__(self, memo: Any) -> Pool:
         return Pool()
 
-    def take(self, size: int, dtype: Any, turn: tuple[int, ...]) -> Block:
-        """A block of so many elements that nobody uses. ``turn`` tells blocks of one size in one generation apart."""
-        kept = self._blocks[size, dtype, turn]
-        for block in kept:
-            if block.is_free():
-                return block
-        block = Block(size, dtype)
-        kept.append(block)
-        if len(kept) > _KEPT:
-            kept.pop(0)
-        return block
+    def take(self, size: int, dtype: Any, turn: tuple[int, ...]) -> tuple[Block, Any]:
+        """A block of so many elements that nobody uses, and what keeps it from being given to anybody else.
+
+        ``turn`` tells blocks of one size in one generation apart.
+        """
+        with self._lock:
+            kept = self._blocks[size, dtype, turn]
+            for block in kept:
+                if block.is_free():
+                    return block, block.hold()
+            block = Block(size, dtype)
+            kept.append(block)
+            if len(kept) > _KEPT:
+                kept.pop(0)
+            return block, block.hold()
 
 
 class Block:
@@ -115,8 +121,8 @@ class Layout:
         self.blocks, self.offsets = places[:, 0], places[:, 1]
         self.shared = np.array([size < SMALL for size in sizes], bool)
 
-    def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[Block]:
-        """Blocks for one generation."""
+    def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[tuple[Block, Any]]:
+        """Blocks for one generation, each with its hold."""
         seen: defaultdict[int, int] = defaultdict(int)
         blocks = []
         for size in self.block_sizes:
@@ -141,11 +147,10 @@ class Column:
         arrays: dict[int, Any],
         lease: Lease,
         older: dict[int, Lease] | None = None,
-        blocks: tuple[Layout, list[Block]] | None = None,
+        blocks: tuple[Layout, list[tuple[Block, Any]]] | None = None,
     ) -> None:
         self.addresses, self._arrays, self.lease, self.older = addresses, arrays, lease, older or {}
         self._blocks = blocks
-        self._holds = [block.hold() for block in blocks[1]] if blocks else []
 
     @staticmethod
     def of(arrays: Sequence[Any], addresses: Vector, leases: Sequence[Lease]) -> Column:
@@ -159,8 +164,8 @@ class Column:
     def fresh(layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease) -> Column:
         """A column of memory whose content is yet to be written."""
         blocks = layout.take(pool, dtype, turn)
-        starts = np.array([block.address() for block in blocks], np.uint64)
-        addresses = starts[layout.blocks] + (layout.offsets * blocks[0].base.itemsize).astype(np.uint64)
+        starts = np.array([block.address() for block, _ in blocks], np.uint64)
+        addresses = starts[layout.blocks] + (layout.offsets * blocks[0][0].base.itemsize).astype(np.uint64)
         return Column(addresses, {}, lease, None, (layout, blocks))
 
     def lease_of(self, i: int) -> Lease:
@@ -186,5 +191,5 @@ class Column:
         """The array of one parameter; strides in elements."""
         if i not in self._arrays:
             layout, blocks = self._blocks  # type: ignore[misc]
-            self._arrays[i] = blocks[int(layout.blocks[i])].array(int(layout.offsets[i]), shape, strides)
+            self._arrays[i] = blocks[int(layout.blocks[i])][0].array(int(layout.offsets[i]), shape, strides)
         return self._arrays[i]

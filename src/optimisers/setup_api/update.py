@@ -11,7 +11,7 @@ from ..engine.advance import advance
 from ..engine.held import Held
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
-from ..tree.entry import Entry, device_of
+from ..tree.entry import device_of
 from ..tree.gradients import gradient_of
 from ..tree.leaves import Slot
 from ..tree.paths import shown
@@ -139,12 +139,17 @@ def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any
             continue
         dxs[i] = gradient_of(slot, xs[i], given, state._structure.paths)
         if dxs[i] is not None:
-            _check_device(slot, state._heads[i], xs[i])
+            _check_device(slot, state, i, xs[i])
 
 
-def _check_device(slot: Slot, entry: Entry, x: Any) -> None:
+def _check_device(slot: Slot, state: StateTree, i: int, x: Any) -> None:
     """Raise StructureError if the parameter was moved since setup, and its state was not."""
-    device = device_of(entry.state) if kind(x) == "torch" else None
+    if kind(x) != "torch":
+        return
+    held = state._held is not None and state._held.holds(i)
+    if held and x.is_cpu:
+        return
+    device = device_of(state._entries[i].state if held else state._heads[i].state)
     if device is not None and device != x.device:
         msg = (
             f"model at {shown(slot.path)}: the parameter is on {x.device}, its state on {device}; move the state as well, "
