@@ -70,7 +70,7 @@ def memory_of(x: torch.Tensor) -> tuple[Any, int] | None:
     """(owner of the memory, address of the first element), or None where tensors have no address."""
     if torch.compiler.is_compiling():
         return None
-    if is_transformed(x) or isinstance(x, FakeTensor) or x.is_meta or x.layout != torch.strided:
+    if is_transformed(x) or isinstance(x, FakeTensor) or x.is_meta or x.layout != torch.strided or x._is_zerotensor():
         return None
     return str(x.device), x.data_ptr()
 

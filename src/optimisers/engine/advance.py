@@ -139,12 +139,11 @@ def _by_groups(
     values: dict[int, Any] = {}
     generations = []
     whole = True
-    pool = None if in_place else held.plan.pool
     for number, generation in enumerate(held.generations):
         new = generation
         if number in steps:
             with np.errstate(all="ignore"):
-                new, made = steps[number].commit(pool, number, lease)
+                new, made = steps[number].commit(held.plan.pool, number, lease, in_place=in_place)
             values.update({generation.group.slots[k]: x for k, x in made.items()})
         elif in_place:
             new = generation.leased(lease)
@@ -237,7 +236,7 @@ def _part(plan: Plan, steps: Sequence[GroupStep], jobs: dict[int, Job]) -> None:
     if known is None or len(known[0]) != len(addresses) or not all(map(np.array_equal, known[0], addresses)):
         starts, ends = np.concatenate(addresses), np.concatenate([end for _, end in found])
         order = np.argsort(starts, kind="stable")
-        known = plan.writes = ([a.copy() for a in addresses], starts[order], ends[order])
+        known = plan.writes = ([a.copy() for a in addresses], starts[order], np.maximum.accumulate(ends[order]))
     _, starts, ends = known
     if jobs or (starts[1:] < ends[:-1]).any():
         xs = [(step.group.paths[int(i)], step.xs[int(i)]) for step in steps for i in step.members]

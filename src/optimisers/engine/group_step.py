@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
+from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, torch_if_loaded, working_dtype
 from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
@@ -39,9 +39,13 @@ class GroupStep:
             self._one_dtype()
         self.x_addresses = addresses_of(xs)
         self.dx_addresses = self._dx_addresses()
+        self.s_addresses = [column.addresses() for column in generation.columns]
+        if not all(found[self.members].all() for found in (self.x_addresses, self.dx_addresses, *self.s_addresses)):
+            raise Untraceable("an array has no memory")  # a storage of which the memory was freed, a lazy zero
         dx_dtype = dtype_name(dxs[int(self.members[0])])
         parts = self.group.partition(self.members, generation.counters, dx_dtype)
-        self.tracks = [GroupTrack(generation, self.x_addresses, self.dx_addresses, *part) for part in parts]
+        addresses = self.x_addresses, self.dx_addresses, self.s_addresses
+        self.tracks = [GroupTrack(self.group, addresses, *part) for part in parts]
         for track in self.tracks:
             track.point()
 
@@ -69,9 +73,8 @@ class GroupStep:
         sizes = self.group.sizes.astype(np.uint64)
         yield self.x_addresses, self.x_addresses + sizes * np.uint64(self.xs[0].itemsize)
         for k in range(len(self.group.arrays)):
-            column = self.generation.columns[k]
             size = 4 if self.group.form[self.group.arrays[k]].dtype == "float32" else 8
-            yield column.addresses, column.addresses + sizes * np.uint64(size)
+            yield self.s_addresses[k], self.s_addresses[k] + sizes * np.uint64(size)
 
     def part_from(self, starts: Vector, ends: Vector) -> None:
         """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient."""
@@ -79,7 +82,8 @@ class GroupStep:
         first = self.dx_addresses
         last = first + self.group.sizes.astype(np.uint64) * size
         before = np.searchsorted(starts, last, "left") - 1
-        hit = (before >= 0) & (ends[np.maximum(before, 0)] > first) & (first != self.x_addresses)
+        own = (first == self.x_addresses) & (int(size) == self.xs[0].itemsize)
+        hit = (before >= 0) & (ends[np.maximum(before, 0)] > first) & ~own
         hit = hit[self.members]
         for i in self.members[hit]:
             self.dxs[i] = _laid_out_as(self.xs[i], self.dxs[i])
@@ -88,18 +92,14 @@ class GroupStep:
             for track in self.tracks:
                 track.point()
 
-    def commit(self, pool: Pool | None, number: int, lease: Lease) -> tuple[Generation, dict[int, Any]]:
+    def commit(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> tuple[Generation, dict[int, Any]]:
         """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
 
         Memory that is new or taken over has this lease; what an old state still has a part in keeps its own.
         """
         group, old = self.group, self.generation
-        if pool is None:
-            columns = [column.leased(lease) for column in old.columns]
-            new_xs = None
-        else:
-            columns = self._fresh_columns(pool, number, lease)
-            new_xs = self._fresh_parameters(pool, number)
+        columns = self._new_columns(pool, number, lease, in_place=in_place)
+        new_xs = None if in_place else self._fresh_parameters(pool, number)
         counters = old.counters.copy()
         for track in self.tracks:
             track.write(new_xs, columns)
@@ -108,14 +108,15 @@ class GroupStep:
             _bump_versions([self.xs[i] for track in self.tracks if track.program.steps for i in track.members])
         return Generation(group, columns, counters), new_xs or {}
 
-    def _fresh_columns(self, pool: Pool, number: int, lease: Lease) -> list[Column]:
+    def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
+        """Where the new state is written. Also in place that is new memory for arrays that were made elsewhere."""
         group, old = self.group, self.generation
         columns = []
         for k, i in enumerate(group.arrays):
             writers = [t.members for t in self.tracks if any(name == f"s{i}" for name, _ in t.program.last.stores)]
             before = old.columns[k]
-            if not writers:
-                columns.append(before)
+            if not writers or (in_place and before.is_own()):
+                columns.append(before.leased(lease) if in_place else before)
                 continue
             column = Column.fresh(group.layout(), pool, _native(group, group.form[i].dtype), (number, k), lease)
             kept = np.ones(group.count, bool)
@@ -123,14 +124,12 @@ class GroupStep:
             shared = {}
             for member in map(int, np.flatnonzero(kept)):
                 array = old.array(k, member)
-                if group.sizes[member] >= SMALL:
+                if group.sizes[member] >= SMALL and not in_place:
                     shared[member] = array
                 else:
                     _copy_into(column.array(member, group.shapes[member], group.strides[member]), array)
             if shared:
-                column = column.replaced(
-                    shared, before.addresses[list(shared)], {member: before.lease_of(member) for member in shared}
-                )
+                column = column.replaced(shared, {member: before.lease_of(member) for member in shared})
             columns.append(column)
         return columns
 
@@ -159,17 +158,14 @@ class GroupTrack(Track):
 
     def __init__(
         self,
-        generation: Generation,
-        x_addresses: Vector,
-        dx_addresses: Vector,
+        group: Group,
+        addresses: tuple[Vector, Vector, Sequence[Vector]],
         variant: Variant,
         members: Vector,
         matrix: Vector,
     ) -> None:
         # Not the step itself: a cycle would keep the old parameters alive, and their memory from being used again.
-        self.generation, self.group, self.x_addresses, self.dx_addresses = (
-            generation, generation.group, x_addresses, dx_addresses,
-        )  # fmt: skip
+        self.group, (self.x_addresses, self.dx_addresses, self.s_addresses) = group, addresses
         self.variant, self.program, self.members, self.matrix = variant, variant.program, members, matrix
         if variant.loops is None:
             variant.loops = Loops.of(self.program)
@@ -193,8 +189,8 @@ class GroupTrack(Track):
         self.pointers = np.zeros((self.group.count, len(names)), np.uint64)
         self.pointers[:, 0] = self.x_addresses
         self.pointers[:, 1] = self.dx_addresses
-        for k, column in enumerate(self.generation.columns):
-            self.pointers[:, 2 + k] = column.addresses
+        for k, found in enumerate(self.s_addresses):
+            self.pointers[:, 2 + k] = found
 
     def advance(self, answer: Any) -> Request | None:
         program = self.program
@@ -234,10 +230,9 @@ class GroupTrack(Track):
     def _check_guards(self) -> None:
         """Raise Missed unless what was decided from measures still holds."""
         if self.program.late:
-            first = self.matrix[int(self.members[0])]
-            inputs = {name: float(first[k]) for name, k in self.program.columns.items()}
             known = [(node, value) for node, value in self.program.late if not _waits(node, self.program, self._asked)]
-            if any(evaluated(node, inputs) != value for node, value in known):
+            found = self._run(Tape([node for node, _ in known], self.program.columns))
+            if any((value != expected).any() for value, (_, expected) in zip(found, known, strict=True)):
                 raise Missed
 
     def finite_checks(self) -> list[str]:
@@ -261,7 +256,7 @@ class GroupTrack(Track):
             return
         for k, i in enumerate(group.arrays):
             if f"new s{i}" in names:
-                self.pointers[:, names.index(f"new s{i}")] = columns[k].addresses
+                self.pointers[:, names.index(f"new s{i}")] = columns[k].addresses()
         if self.program.steps:
             column = names.index("new x")
             if new_xs is None:

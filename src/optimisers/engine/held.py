@@ -13,7 +13,7 @@ from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.leaves import Slot
 from . import build
-from .dense import Vector, addresses_of, element_strides, is_loopable
+from .dense import Vector, element_strides, is_loopable
 from .group import Group
 from .memory import Column, Pool
 from .program import COMPILED
@@ -76,7 +76,7 @@ class Generation:
                 return False
         for k, i in enumerate(group.arrays):
             arrays = {member: state_leaves(state)[i] for member, state in states.items()}
-            self.columns[k] = self.columns[k].replaced(arrays, addresses_of(list(arrays.values())), leases)
+            self.columns[k] = self.columns[k].replaced(arrays, leases)
         for member, state in states.items():
             leaves = state_leaves(state)
             self.counters[member] = [float(leaves[i]) for i in group.numbers]
@@ -243,7 +243,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: S
         columns = []
         for k in group.arrays:
             arrays = [row[k] for row in leaves]
-            columns.append(Column.of(arrays, addresses_of(arrays), [entries[i].lease for i in slots]))
+            columns.append(Column.of(arrays, [entries[i].lease for i in slots]))
         counters = np.array([[float(row[k]) for k in group.numbers] for row in leaves]).reshape(group.count, -1)
         for member, i in enumerate(slots):
             where[i] = len(generations), member

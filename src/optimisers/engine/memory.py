@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..tree.entry import Lease
+from .dense import addresses_of
 
 Vector = np.ndarray[Any, Any]
 
@@ -57,7 +58,7 @@ class Pool:
 class Block:
     """One piece of memory, from which arrays are made."""
 
-    __slots__ = ("_alone", "base", "storage")
+    __slots__ = ("_alone", "_start", "base", "storage")
 
     def __init__(self, size: int, dtype: Any) -> None:
         self.base: Any
@@ -68,6 +69,7 @@ class Block:
             torch = sys.modules["torch"]
             self.base = torch.empty(size, dtype=dtype, device="cpu")
             self.storage = self.base.untyped_storage()
+        self._start = self.address()
         self._alone = self._holders()
 
     def _holders(self) -> int:
@@ -75,11 +77,15 @@ class Block:
         if self.storage is None:
             return sys.getrefcount(self.base)
         count: Callable[[int], int] | None = getattr(sys.modules["torch"]._C, "_storage_Use_Count", None)
-        return 0 if count is None else count(self.storage._cdata)
+        # A storage that a user asked a tensor for is this very object, which the library does not count again.
+        return 0 if count is None else count(self.storage._cdata) + sys.getrefcount(self.storage)
 
     def is_free(self) -> bool:
-        """Whether nobody but us refers to the memory."""
-        return 0 < self._alone == self._holders()
+        """Whether nobody but us refers to the memory, and it is the one that was made here.
+
+        Sharing a tensor with another process moves it, and nobody counts who refers to it there.
+        """
+        return 0 < self._alone == self._holders() and self.address() == self._start
 
     def hold(self) -> Any:
         """What keeps the block from being used again while it exists."""
@@ -134,8 +140,10 @@ class Layout:
 class Column:
     """One array of the state for each of many parameters: given ones, or places in blocks, made into arrays when looked at.
 
+    Given arrays were made elsewhere, by rules or by users. They are read and never written, since nobody knows what else
+    they are: one array may stand at several places, be read-only, or belong to a state that is not consumed.
+
     Attributes:
-        addresses: of the first elements.
         lease: of this memory.
         older: those of arrays that were not made with the others, by parameter.
 
@@ -143,30 +151,40 @@ class Column:
 
     def __init__(
         self,
-        addresses: Vector,
-        arrays: dict[int, Any],
+        given: dict[int, Any],
         lease: Lease,
         older: dict[int, Lease] | None = None,
         blocks: tuple[Layout, list[tuple[Block, Any]]] | None = None,
     ) -> None:
-        self.addresses, self._arrays, self.lease, self.older = addresses, arrays, lease, older or {}
+        self._given, self.lease, self.older = given, lease, older or {}
         self._blocks = blocks
+        self._made: dict[int, Any] = {}
 
     @staticmethod
-    def of(arrays: Sequence[Any], addresses: Vector, leases: Sequence[Lease]) -> Column:
+    def of(arrays: Sequence[Any], leases: Sequence[Lease]) -> Column:
         """A column of arrays that are there."""
         first = leases[0]
-        return Column(
-            addresses, dict(enumerate(arrays)), first, {i: lease for i, lease in enumerate(leases) if lease is not first}
-        )
+        return Column(dict(enumerate(arrays)), first, {i: lease for i, lease in enumerate(leases) if lease is not first})
 
     @staticmethod
     def fresh(layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease) -> Column:
         """A column of memory whose content is yet to be written."""
-        blocks = layout.take(pool, dtype, turn)
+        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn)))
+
+    def is_own(self) -> bool:
+        """Whether all of it lies in blocks, and so may be written."""
+        return not self._given
+
+    def addresses(self) -> Vector:
+        """Those of the first elements, now: torch moves the memory of tensors that are shared with other processes."""
+        if self._blocks is None:
+            return addresses_of([self._given[i] for i in range(len(self._given))])
+        layout, blocks = self._blocks
         starts = np.array([block.address() for block, _ in blocks], np.uint64)
-        addresses = starts[layout.blocks] + (layout.offsets * blocks[0][0].base.itemsize).astype(np.uint64)
-        return Column(addresses, {}, lease, None, (layout, blocks))
+        found: Vector = starts[layout.blocks] + (layout.offsets * blocks[0][0].base.itemsize).astype(np.uint64)
+        if self._given:
+            found[list(self._given)] = addresses_of(list(self._given.values()))
+        return found
 
     def lease_of(self, i: int) -> Lease:
         """The lease of one array."""
@@ -180,16 +198,17 @@ class Column:
         new.lease, new.older = lease, {}
         return new
 
-    def replaced(self, arrays: dict[int, Any], addresses: Vector, leases: dict[int, Lease]) -> Column:
-        """The column with other arrays for some parameters."""
+    def replaced(self, arrays: dict[int, Any], leases: dict[int, Lease]) -> Column:
+        """The column with given arrays for some parameters."""
         new = self.leased(self.lease)
-        new.addresses, new._arrays, new.older = self.addresses.copy(), {**self._arrays, **arrays}, {**self.older, **leases}
-        new.addresses[list(arrays)] = addresses
+        new._given, new.older = {**self._given, **arrays}, {**self.older, **leases}
         return new
 
     def array(self, i: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
         """The array of one parameter; strides in elements."""
-        if i not in self._arrays:
+        if i in self._given:
+            return self._given[i]
+        if i not in self._made:
             layout, blocks = self._blocks  # type: ignore[misc]
-            self._arrays[i] = blocks[int(layout.blocks[i])][0].array(int(layout.offsets[i]), shape, strides)
-        return self._arrays[i]
+            self._made[i] = blocks[int(layout.blocks[i])][0].array(int(layout.offsets[i]), shape, strides)
+        return self._made[i]
