@@ -1,0 +1,180 @@
+"""When loops are compiled, and what happens where they cannot be."""
+
+import stat
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import optimisers as opt
+from looped import Counter, adjusted, forget, held, traces
+from optimisers.engine import build
+from optimisers.errors import CompileWarning
+
+# --- when the compiler runs --------------------------------------------------------------------------------------------------
+
+
+def falling(step):
+    return 0.1 / (1 + step)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(0.1, lambda_=0.01)),
+        opt.Scheduled(opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.RAdam()), eta=falling),
+        opt.AccumGrad(2),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_new_numbers_compile_nothing(rule, switch, monkeypatch, tmp_path):
+    switch("1")
+    forget(monkeypatch)
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
+    before = build.compilations
+    rng = np.random.default_rng(0)
+    model = {str(i): rng.standard_normal((i % 7 + 1, i % 3 + 1)) for i in range(30)}
+    state = opt.setup(rule, model)
+    first = None
+    for step in range(103):
+        state, model = opt.update(state, model, {k: 0.1 * x + 1 for k, x in model.items()})
+        if step == 2:
+            first = build.compilations, traces()
+        state = adjusted(state, 1 + 1 / (step + 1), where=None if step % 2 else "1*")
+    assert (build.compilations, traces()) == first
+    # AccumGrad does one thing with the first gradient and another with the last.
+    assert 1 <= build.compilations - before == traces() <= 2
+    assert len(list(tmp_path.glob("*.so"))) == traces()
+    assert held(state) == 30
+
+
+def test_a_library_is_compiled_once_for_all_processes(switch, monkeypatch, tmp_path):
+    switch("1")
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
+    counts = []
+    for _ in range(2):
+        forget(monkeypatch)
+        x = np.ones(5)
+        opt.update(opt.setup(opt.Momentum(), x), x, x)
+        counts.append(build.compilations)
+    assert counts[1] == counts[0]
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".so"
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(switch, monkeypatch, tmp_path):
+    switch("1")
+    forget(monkeypatch)
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
+    build._directory.cache_clear()
+    x = np.ones(5)
+    state, _ = opt.update(opt.setup(opt.Momentum(), x), x, x)
+    assert held(state) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rule", "lib", "elements", "after"),
+    [
+        (opt.Adam(), "numpy", 4096, 1),
+        (opt.Adam(), "torch", 4096, 1),
+        (opt.Adam(), "numpy", 4095, 65),
+        (opt.Descent(), "torch", 40, 65),
+        (opt.Adam(), "torch", 4095, None),  # torch's own roots may be off by one unit in the last place
+    ],
+)
+def test_small_groups_wait(rule, lib, elements, after, switch, monkeypatch):
+    switch("auto")
+    counter = Counter(monkeypatch)
+    x = np.linspace(0, 1, elements, dtype=np.float32)
+    x = x if lib == "numpy" else torch.from_numpy(x)
+    state, first = opt.setup(rule, x), None
+    for step in range(1, 70):
+        state, x = opt.update(state, x, x)
+        if counter.runs and first is None:
+            first = step
+    assert first == after
+
+
+# --- without a compiler ------------------------------------------------------------------------------------------------------
+
+
+def failing(tmp_path):
+    script = tmp_path / "failing-cc"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\necho "no space" >&2\nexit 1\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script)
+
+
+def steps(rule, update, model):
+    state = opt.setup(rule, model)
+    for _ in range(3):
+        state, model = update(state, model, {k: 0.5 * x for k, x in model.items()})
+    return state, model
+
+
+@pytest.mark.parametrize("update", [opt.update, opt.update_])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"CC": "/nonexistent/cc"}, "there is no C compiler"),
+        ({"PATH": "/nonexistent"}, "there is no C compiler"),
+        ({"CC": "false"}, "false fails"),
+        ({"CC": failing}, "failing-cc fails: no space"),
+    ],
+    ids=["CC", "PATH", "no version", "fails"],
+)
+def test_without_a_compiler_there_is_one_warning(settings, reason, update, switch, monkeypatch, tmp_path):
+    model = {"a": np.linspace(0, 1, 50), "b": np.ones((3, 4)), "c": np.ones(9, np.float32)}
+    rule = opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam())
+    switch("0")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        expected = steps(rule, opt.update, {k: x.copy() for k, x in model.items()})
+        assert not seen
+        switch("1")
+        forget(monkeypatch)
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path / "cache"))
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value(tmp_path) if callable(value) else value)
+        found = [steps(rule, update, {k: x.copy() for k, x in model.items()}) for _ in range(2)]
+    build.compiler.cache_clear()
+    assert [w.category for w in seen] == [CompileWarning]
+    assert reason in str(seen[0].message)
+    assert "OPTIMISERS_COMPILE=0" in str(seen[0].message)
+    for state, new in found:
+        assert held(state) == 0
+        assert state == expected[0]
+        assert all(new[k].tobytes() == expected[1][k].tobytes() for k in model)
+
+
+@dataclass(frozen=True)
+class CubeRoot(opt.AbstractRule):
+    """A rule that is elementwise, as it claims, by a function that loops do not know."""
+
+    eta: float = 0.1
+    law = "elementwise"
+
+    def init(self, x):
+        return 0 * x
+
+    def apply(self, state, x, dx):
+        state = 0.5 * state + dx
+        return state, self.eta * np.cbrt(state)
+
+
+def test_a_rule_that_cannot_be_traced_is_named_once(switch, monkeypatch):
+    switch("0")
+    expected, right = steps(CubeRoot(), opt.update, {"a": np.linspace(0, 1, 50)})
+    forget(monkeypatch)
+    switch("1")
+    with pytest.warns(CompileWarning, match=r"^CubeRoot is stepped array by array.*: it uses cbrt\.") as seen:
+        state, model = steps(CubeRoot(), opt.update_, {"a": np.linspace(0, 1, 50)})
+    assert len(seen) == 1
+    steps(CubeRoot(0.2), opt.update, {"a": np.ones(3, np.float32)})  # another warning would be an error
+    assert state == expected
+    assert model["a"].tobytes() == right["a"].tobytes()
