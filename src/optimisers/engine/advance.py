@@ -76,7 +76,7 @@ def _by_rules(
     jobs = jobs_of(tree, entries, xs, dxs, range(len(xs)))
     if in_place:
         _refuse_shared([(job.path, job.x) for job in jobs.values()])
-    with _mode(jobs.values(), graph=graph), quiet(list(jobs.values())):
+    with _mode(jobs, graph=graph), quiet(list(jobs.values())):
         singles = {i: Single(job) for i, job in jobs.items()}
         run(list(singles.values()))
         outcomes = {i: single.outcome() for i, single in singles.items()}
@@ -98,6 +98,14 @@ class _Refused(Exception):  # noqa: N818 (a signal)
 
 
 def _by_groups(
+    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
+) -> Stepped:
+    """As `_stepped_by_groups`, with NumPy's warnings off: overflow and division by zero give inf and NaN, as in loops."""
+    with np.errstate(all="ignore"):
+        return _stepped_by_groups(tree, held, xs, dxs, regular, in_place=in_place)
+
+
+def _stepped_by_groups(
     tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
 ) -> Stepped:
     """A step without a graph, of a state of which at least a part is held by group."""
@@ -126,7 +134,7 @@ def _by_groups(
     if in_place:
         _part(held.plan, list(steps.values()), jobs)
     singles = {i: Single(job) for i, job in jobs.items()}
-    with _mode(jobs.values(), graph=False), np.errstate(all="ignore"):
+    with _mode(jobs, graph=False):
         run([*singles.values(), *(track for step in steps.values() for track in step.tracks)])
         outcomes = {i: single.outcome() for i, single in singles.items()}
     # From here on nothing can fail, and memory is written.
@@ -143,8 +151,7 @@ def _by_groups(
     for number, generation in enumerate(held.generations):
         new = generation
         if number in steps:
-            with np.errstate(all="ignore"):
-                new, made = steps[number].commit(pool, number, lease)
+            new, made = steps[number].commit(pool, number, lease)
             values.update({generation.group.slots[k]: x for k, x in made.items()})
         elif in_place:
             new = generation.leased(lease)
@@ -228,22 +235,26 @@ def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
 
 def _part(plan: Plan, steps: Sequence[GroupStep], jobs: dict[int, Job]) -> None:
     """Refuse parameters that are one array now, and copy gradients that lie in memory to be written."""
+    known = [step.fingerprint() for step in steps]
+    if not jobs and plan.apart is not None and _same(plan.apart, known):
+        return
     found = [pair for step in steps for pair in step.writes()]
     if not found:
         _refuse_shared([(job.path, job.x) for job in jobs.values()])
         return
-    addresses = [first for first, _ in found]
-    known = plan.writes
-    if known is None or len(known[0]) != len(addresses) or not all(map(np.array_equal, known[0], addresses)):
-        starts, ends = np.concatenate(addresses), np.concatenate([end for _, end in found])
-        order = np.argsort(starts, kind="stable")
-        known = plan.writes = ([a.copy() for a in addresses], starts[order], ends[order])
-    _, starts, ends = known
+    starts, ends = np.concatenate([first for first, _ in found]), np.concatenate([end for _, end in found])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
     if jobs or (starts[1:] < ends[:-1]).any():
         xs = [(step.group.paths[int(i)], step.xs[int(i)]) for step in steps for i in step.members]
         _refuse_shared([*xs, *((job.path, job.x) for job in jobs.values())])
-    for step in steps:
-        step.part_from(starts, ends)
+    clear = [step.part_from(starts, ends) for step in steps]
+    plan.apart = known if all(clear) else None
+
+
+def _same(old: list[tuple[Any, ...]], new: list[tuple[Any, ...]]) -> bool:
+    """Whether two lists of fingerprints are equal; their last items keep what the numbers in them identify alive."""
+    return len(old) == len(new) and all(a[:-1] == b[:-1] for a, b in zip(old, new, strict=True))
 
 
 def _refuse_shared(parameters: Sequence[tuple[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
 from .dense import Vector, addresses_of, element_strides, is_loopable
-from .group import Group, Variant, inner
+from .group import Columns, Group, Variant, inner
 from .held import Generation
 from .loops import Loops
 from .memory import SMALL, Column, Pool
@@ -66,27 +66,36 @@ class GroupStep:
 
     def writes(self) -> Iterator[tuple[Vector, Vector]]:
         """(first byte, end) of what a step in place writes."""
-        sizes = self.group.sizes.astype(np.uint64)
-        yield self.x_addresses, self.x_addresses + sizes * np.uint64(self.xs[0].itemsize)
-        for k in range(len(self.group.arrays)):
-            column = self.generation.columns[k]
-            size = 4 if self.group.form[self.group.arrays[k]].dtype == "float32" else 8
-            yield column.addresses, column.addresses + sizes * np.uint64(size)
+        group = self.group
+        yield self.x_addresses, self.x_addresses + group.bytes_of(np.uint64(self.xs[0].itemsize))
+        for k, column in enumerate(self.generation.columns):
+            size = {"bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
+            yield column.addresses, column.addresses + group.bytes_of(np.uint64(size))
 
-    def part_from(self, starts: Vector, ends: Vector) -> None:
-        """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient."""
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What is the same as long as nothing that is read or written has moved."""
+        columns = [column.addresses for column in self.generation.columns]
+        return self.x_addresses.tobytes(), self.dx_addresses.tobytes(), self.members.tobytes(), *map(id, columns), columns
+
+    def part_from(self, starts: Vector, ends: Vector) -> bool:
+        """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient.
+
+        Whether there were none.
+        """
         size = np.uint64(self.dxs[int(self.members[0])].itemsize)
         first = self.dx_addresses
-        last = first + self.group.sizes.astype(np.uint64) * size
+        last = first + self.group.bytes_of(size)
         before = np.searchsorted(starts, last, "left") - 1
         hit = (before >= 0) & (ends[np.maximum(before, 0)] > first) & (first != self.x_addresses)
         hit = hit[self.members]
+        if not hit.any():
+            return True
         for i in self.members[hit]:
             self.dxs[i] = _laid_out_as(self.xs[i], self.dxs[i])
             self.dx_addresses[i] = addresses_of([self.dxs[i]])[0]
-        if hit.any():
-            for track in self.tracks:
-                track.point()
+        for track in self.tracks:
+            track.point()
+        return False
 
     def commit(self, pool: Pool | None, number: int, lease: Lease) -> tuple[Generation, dict[int, Any]]:
         """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
@@ -228,8 +237,8 @@ class GroupTrack(Track):
     def _run(self, tape: Tape) -> list[Vector]:
         """Numbers for each member."""
         rows = self.matrix if len(self.members) == len(self.matrix) else self.matrix[self.members]
-        values = tape.run({name: rows[:, k] for name, k in self.program.columns.items()})
-        return [value if np.ndim(value) else np.full(len(self.members), value) for value in values]
+        values = tape.run(Columns(rows, self.program.columns))
+        return [value if isinstance(value, np.ndarray) else np.full(len(self.members), value) for value in values]
 
     def _check_guards(self) -> None:
         """Raise Missed unless what was decided from measures still holds."""

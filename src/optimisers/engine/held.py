@@ -99,7 +99,7 @@ class Plan:
         again: the step from which on groups that were left out are considered again.
         misses: how often measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
-        writes: what was written last, sorted, to be used again while addresses stay.
+        apart: where everything lay when no gradient was found in memory to be written.
 
     """
 
@@ -109,7 +109,7 @@ class Plan:
         self.again = COMPILE_AFTER
         self.misses = 0
         self.refused: set[Any] = set()
-        self.writes: tuple[list[Vector], Vector, Vector] | None = None
+        self.apart: list[tuple[Any, ...]] | None = None
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return Plan()

@@ -118,7 +118,7 @@ class Layout:
             places[i] = shared, used
             used += -(-size // 16) * 16  # each begins on a cache line of its own, as in memory from the allocator
             self.block_sizes[shared] = used
-        self.blocks, self.offsets = places[:, 0], places[:, 1]
+        self.blocks, self.offsets = places[:, 0].copy(), places[:, 1].astype(np.uint64)
         self.shared = np.array([size < SMALL for size in sizes], bool)
 
     def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[tuple[Block, Any]]:
@@ -165,7 +165,7 @@ class Column:
         """A column of memory whose content is yet to be written."""
         blocks = layout.take(pool, dtype, turn)
         starts = np.array([block.address() for block, _ in blocks], np.uint64)
-        addresses = starts[layout.blocks] + (layout.offsets * blocks[0][0].base.itemsize).astype(np.uint64)
+        addresses = starts[layout.blocks] + layout.offsets * np.uint64(blocks[0][0].base.itemsize)
         return Column(addresses, {}, lease, None, (layout, blocks))
 
     def lease_of(self, i: int) -> Lease:
