@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -46,10 +46,11 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
     work = prepare(state, model, grads)
     stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
+    finish = finisher(graph=stepped.graph)
     for i, value in stepped.values.items():
         places = state._slots[i].places
-        for place in places:
-            leaves[place.leaf] = finished(permuted(value, place.permutation), leaves[place.leaf], graph=stepped.graph)
+        for leaf, permutation in places:
+            leaves[leaf] = finish(value if permutation is None else permuted(value, permutation), leaves[leaf])
         if len(places) > 1:
             retie(state._slots[i], leaves)
     return stepped.state, state._structure.unflatten(model, leaves)
@@ -178,13 +179,13 @@ def _check_parameter(slot: Slot, x: Any) -> None:
     raise StructureError(msg)
 
 
-def finished(new: Any, old: Any, *, graph: bool) -> Any:
-    """A new value as the model is to hold it: a leaf of old's class, if it carries no graph."""
-    if graph or kind(new) != "torch":
-        return new
+def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
+    """What makes of (new value, old value) the new one as the model is to hold it: without a graph, a leaf of the old class."""
+    if graph or torch_if_loaded() is None:
+        return lambda new, _: new
     from ..engine.torch_graph import as_parameter
 
-    return as_parameter(new, old)
+    return as_parameter
 
 
 def retie(slot: Slot, leaves: list[Any]) -> None:
