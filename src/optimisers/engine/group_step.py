@@ -37,8 +37,8 @@ class GroupStep:
         self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
         if not regular:
             self._one_dtype()
-        self.x_addresses = addresses_of(xs)
-        self.dx_addresses = self._dx_addresses()
+        self.x_addresses = self._addresses(xs)
+        self.dx_addresses = self._addresses(dxs)
         dx_dtype = dtype_name(dxs[int(self.members[0])])
         parts = self.group.partition(self.members, generation.counters, dx_dtype)
         self.tracks = [GroupTrack(generation, self.x_addresses, self.dx_addresses, *part) for part in parts]
@@ -57,20 +57,23 @@ class GroupStep:
                 dx = _laid_out_as(self.xs[i], dx)
             self.dxs[i] = dx
 
-    def _dx_addresses(self) -> Vector:
+    def _addresses(self, arrays: Sequence[Any]) -> Vector:
+        """The addresses of the arrays that take part; 0 for the others, which may be anything."""
         if len(self.members) == self.group.count:
-            return addresses_of(self.dxs)
+            return addresses_of(arrays)
         found = np.zeros(self.group.count, np.uint64)
-        found[self.members] = addresses_of([self.dxs[i] for i in self.members])
+        found[self.members] = addresses_of([arrays[i] for i in self.members])
         return found
 
     def writes(self) -> Iterator[tuple[Vector, Vector]]:
         """(first byte, end) of what a step in place writes."""
-        group = self.group
-        yield self.x_addresses, self.x_addresses + group.bytes_of(np.uint64(self.xs[0].itemsize))
+        group, chosen = self.group, self.members
+        first = self.x_addresses[chosen]
+        yield first, first + group.bytes_of(np.uint64(self.xs[int(chosen[0])].itemsize))[chosen]
         for k, column in enumerate(self.generation.columns):
             size = {"bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
-            yield column.addresses, column.addresses + group.bytes_of(np.uint64(size))
+            first = column.addresses[chosen]
+            yield first, first + group.bytes_of(np.uint64(size))[chosen]
 
     def fingerprint(self) -> tuple[Any, ...]:
         """What is the same as long as nothing that is read or written has moved."""
@@ -145,16 +148,14 @@ class GroupStep:
 
     def _fresh_parameters(self, pool: Pool, number: int) -> dict[int, Any]:
         group = self.group
-        stepped = [int(i) for t in self.tracks if t.program.steps for i in t.members]
-        new: dict[int, Any] = {}
-        torch = torch_if_loaded()
-        empty_like = np.empty_like if group.library == "numpy" else torch.empty_like  # type: ignore[union-attr]
+        stepped = [i for t in self.tracks if t.program.steps for i in t.members.tolist()]
         small = group.layout().shared
+        empty_like: Any = np.empty_like if group.library == "numpy" else torch_if_loaded().empty_like  # type: ignore[union-attr]
+        few = [i for i in stepped if small[i]]
+        new = dict(zip(few, map(empty_like, [self.xs[i] for i in few]), strict=True))
         turn: Counter[int] = Counter()
         for i in stepped:
-            if small[i]:
-                new[i] = empty_like(self.xs[i])
-            else:
+            if not small[i]:
                 size = int(group.sizes[i])
                 block, hold = pool.take(size, group.native_dtype, (number, -1, turn[size]))
                 turn[size] += 1
@@ -276,7 +277,7 @@ class GroupTrack(Track):
             if new_xs is None:
                 self.pointers[:, column] = self.x_addresses
             else:
-                self.pointers[self.members, column] = addresses_of([new_xs[int(i)] for i in self.members])
+                self.pointers[self.members, column] = addresses_of([new_xs[i] for i in self.members.tolist()])
         self.loops.run(self._pass, self.work, self.pointers, self.matrix, apart=new_xs is not None)
 
     def count(self, counters: Vector) -> None:

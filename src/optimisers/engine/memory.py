@@ -119,7 +119,7 @@ class Layout:
             used += -(-size // 16) * 16  # each begins on a cache line of its own, as in memory from the allocator
             self.block_sizes[shared] = used
         self.blocks, self.offsets = places[:, 0].copy(), places[:, 1].astype(np.uint64)
-        self.shared = np.array([size < SMALL for size in sizes], bool)
+        self.shared = [size < SMALL for size in sizes]
 
     def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[tuple[Block, Any]]:
         """Blocks for one generation, each with its hold."""
