@@ -16,6 +16,8 @@ from ..rules._fields import is_tensor
 from ..rules._precision import map_state
 from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
 from .leaves import Place, Slot
+from .sealed import Plan
+from .sealed import register as register_sealed
 from .show import state_table
 from .structure import ModuleStructure, Structure, TreeStructure
 
@@ -31,17 +33,21 @@ class StateTree:
     of rules that are tensors; a tied array appears once.
     """
 
-    __slots__ = ("_entries", "_slots", "_structure")
+    __slots__ = ("_entries", "_plan", "_slots", "_structure")
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     _structure: Structure
     _slots: tuple[Slot, ...]
     _entries: tuple[Entry, ...]
+    _plan: Plan
 
-    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry]) -> None:
+    def __init__(
+        self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry], *, plan: Plan | None = None
+    ) -> None:
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_slots", slots)
         object.__setattr__(self, "_entries", tuple(entries))
+        object.__setattr__(self, "_plan", plan or Plan(structure, slots))
         _register_with_torch()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -154,7 +160,7 @@ class StateTree:
         if self._structure != other._structure or self._slots != other._slots:
             return False
         return all(
-            a.rule == b.rule and a.frozen == b.frozen and same_state(a.state, b.state)
+            a.rule == b.rule and a.frozen == b.frozen and same_state(host_state(a), host_state(b))
             for a, b in zip(self._entries, other._entries, strict=True)
         )
 
@@ -179,7 +185,7 @@ def check_alive(state: StateTree) -> None:
 
 def rebuilt(state: StateTree, entries: Iterable[Entry]) -> StateTree:
     """The same tree with other entries."""
-    return StateTree(state._structure, state._slots, entries)
+    return StateTree(state._structure, state._slots, entries, plan=state._plan)
 
 
 # --- pytree ---------------------------------------------------------------------------------------------------------------
@@ -202,17 +208,17 @@ class _Placed:
 class _Static:
     """What a state tree is without its arrays: compared when two of them are mapped over together."""
 
-    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: tuple[Entry, ...]) -> None:
-        self.structure, self.slots, self.entries = structure, slots, entries
+    def __init__(self, plan: Plan, entries: tuple[Entry, ...]) -> None:
+        self.plan, self.entries = plan, entries
 
     def _key(self) -> tuple[Any, ...]:
-        return self.structure, self.slots, tuple((e.rule, e.state, e.numbers, e.frozen) for e in self.entries)
+        return self.plan, tuple((e.rule, e.state, e.numbers, e.frozen) for e in self.entries)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.slots, tuple(e.frozen for e in self.entries)))
+        return hash((self.plan, tuple(e.frozen for e in self.entries)))
 
 
 def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
@@ -238,7 +244,7 @@ def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
         visible = shown_state(entry, slot.kind)
         hollow = map_state(take(f"{slot.path}:state"), visible)
         entries.append(entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=hollow))
-    return leaves, _Static(state._structure, state._slots, tuple(entries)), names
+    return leaves, _Static(state._plan, tuple(entries)), names
 
 
 def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
@@ -259,7 +265,7 @@ def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
         state = map_state(fill, entry.state)
         new = entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=state, lease=lease)
         entries.append(new.replace(state=host_state(new)))
-    return StateTree(static.structure, static.slots, entries)
+    return StateTree(static.plan.structure, static.plan.slots, entries, plan=static.plan)
 
 
 def _map_tensors(rule: AbstractRule, f: Any) -> AbstractRule:
@@ -322,3 +328,4 @@ def _register_with_torch() -> None:
         lambda state: flatten(state)[:2],
         lambda leaves, static: unflatten(static, leaves),
     )
+    register_sealed(_torch.pytree_module())
