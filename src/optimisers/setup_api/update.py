@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from ..arrays import dtype_name, kind, share_memory, torch_if_loaded
+from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded
 from ..engine.advance import advance
 from ..engine.held import Held
 from ..errors import ArgumentError, StructureError, described
@@ -43,6 +43,14 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
             "torch.func.functional_call(module, params, ...), and call update(state, params, grads)"
         )
         raise ArgumentError(msg)
+    if is_compiling():
+        from ..engine.compiling import update_traced
+
+        return update_traced(_update, state, model, grads, differentiable=differentiable)
+    return _update(state, model, grads, differentiable=differentiable)
+
+
+def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
     work = prepare(state, model, grads)
     stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
@@ -63,6 +71,11 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     written to. For a ``torch.nn.Module`` grads may be left out: the step then takes each parameter's ``.grad``. Carries no
     graph. Raises as `update` does, and then has changed nothing.
     """
+    if is_compiling():
+        from ..engine.compiling import update_untraced
+
+        reason = "update_ writes to memory that torch.compile manages itself; inside torch.compile use update"
+        return update_untraced(update_, reason, state, model, grads)
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module)
     with no_grad():
