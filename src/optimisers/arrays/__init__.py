@@ -22,10 +22,13 @@ from ._host import can_read as can_read
 from ._host import copied as copied
 from ._host import detached as detached
 from ._host import host_int as host_int
+from ._host import is_compiling as is_compiling
 from ._host import is_concrete as is_concrete
 from ._host import is_plain as is_plain
+from ._host import is_recording as is_recording
 from ._host import memory_key as memory_key
 from ._host import read_int as read_int
+from ._host import recording as recording
 from ._host import share_memory as share_memory
 from ._kinds import Array as Array
 from ._kinds import as_array as as_array

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 
 from ..errors import RuleError
-from ._kinds import Array, kind
+from ._kinds import Array, kind, torch_if_loaded
 from ._traced import Traced
+
+_RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """While a step is recorded, to be run again with other values: nothing may be decided by the values of now."""
+    token = _RECORDING.set(True)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)
+
+
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` is at work, so that what runs now is being recorded."""
+    torch = torch_if_loaded()
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def is_recording() -> bool:
+    """Whether a step is being recorded now."""
+    return _RECORDING.get()
 
 
 def is_concrete(x: Array) -> bool:
@@ -24,7 +51,7 @@ def can_read(x: Array) -> bool:
         return True
     from . import _torch
 
-    return _torch.can_read(x)
+    return not _RECORDING.get() and _torch.can_read(x)
 
 
 def is_plain(x: Array) -> bool:
@@ -85,11 +112,12 @@ def copied(x: Array) -> Array:
 
 def host_int(value: Array, what: str) -> int:
     """A counter as a Python int. Inside ``torch.func`` transforms and ``torch.compile`` it cannot be read: RuleError."""
-    if isinstance(value, (int, np.integer)):
+    recorded = _RECORDING.get()
+    if isinstance(value, (int, np.integer)) and not recorded:
         return int(value)
     if isinstance(value, Traced):
         return value  # type: ignore[return-value]
-    if not is_concrete(value):
+    if recorded or not is_concrete(value):
         msg = (
             f"{what} decides from a step counter on the host, which cannot be read inside torch.func.vmap or torch.compile; "
             f"call update outside the transform, or use a rule without {what}"

@@ -87,3 +87,8 @@ def quick_in_bfloat16(device: torch.device) -> bool:
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]) -> None:
     """Make a class a node of torch's own pytree, through which ``torch.func`` and ``torch.compile`` see."""
     _pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"optimisers.{cls.__name__}")
+
+
+def pytree_module() -> Any:
+    """torch's own pytree."""
+    return _pytree

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Untraceable, address, kind, torch_if_loaded
+from ..arrays import Untraceable, address, is_recording, kind, torch_if_loaded
 from ..errors import TieError
 from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
-from ..tree.state import StateTree
+from ..tree.state import StateTree, rebuilt
 from .dense import element_strides, is_loopable
 from .group_step import GroupStep, Missed
-from .held import Held, Plan, grouped
+from .held import Held, Lineage, grouped
 from .step import Job, Outcome, Single, quiet, run
 
 
@@ -52,14 +52,14 @@ def advance(
     graph = _wants_graph(tree, held, xs, dxs, differentiable=differentiable)
     if not graph and _is_ordinary():
         planned = _planned(tree, held, xs)
-        planned.plan.steps += 1
+        planned.lineage.steps += 1
         while planned.generations:
             usual = regular if planned is held else [False] * len(planned.generations)
             try:
                 return _by_groups(tree, planned, xs, dxs, usual, in_place=in_place)
             except _Refused as refused:
-                planned.plan.refused.add(refused.key)
-                planned = grouped(tree._entries, xs, planned.plan, tree._slots)
+                planned.lineage.refused.add(refused.key)
+                planned = grouped(tree._entries, xs, planned.lineage, tree._slots)
             except Missed:
                 planned = planned.dissolved()
         held = planned
@@ -76,7 +76,7 @@ def _by_rules(
     jobs = jobs_of(tree, entries, xs, dxs, range(len(xs)))
     if in_place:
         _refuse_shared([(job.path, job.x) for job in jobs.values()])
-    with _mode(jobs.values(), graph=graph), quiet(list(jobs.values())):
+    with _mode(jobs, graph=graph), quiet(list(jobs.values())):
         singles = {i: Single(job) for i, job in jobs.items()}
         run(list(singles.values()))
         outcomes = {i: single.outcome() for i, single in singles.items()}
@@ -86,7 +86,7 @@ def _by_rules(
     lease = Lease()
     new = [after(entry, outcomes.get(i), lease, consume=in_place) for i, entry in enumerate(entries)]
     values = {i: out.x for i, out in outcomes.items() if out.x is not None}
-    return Stepped(StateTree(tree._structure, tree._slots, new, held), values, graph)
+    return Stepped(rebuilt(tree, new, held), values, graph)
 
 
 class _Refused(Exception):  # noqa: N818 (a signal)
@@ -98,6 +98,14 @@ class _Refused(Exception):  # noqa: N818 (a signal)
 
 
 def _by_groups(
+    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
+) -> Stepped:
+    """As `_stepped_by_groups`, with NumPy's warnings off: overflow and division by zero give inf and NaN, as in loops."""
+    with np.errstate(all="ignore"):
+        return _stepped_by_groups(tree, held, xs, dxs, regular, in_place=in_place)
+
+
+def _stepped_by_groups(
     tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
 ) -> Stepped:
     """A step without a graph, of a state of which at least a part is held by group."""
@@ -124,9 +132,9 @@ def _by_groups(
         entries = tree._entries
     jobs = jobs_of(tree, entries, xs, dxs, aside)
     if in_place:
-        _part(held.plan, list(steps.values()), jobs)
+        _part(held.lineage, list(steps.values()), jobs)
     singles = {i: Single(job) for i, job in jobs.items()}
-    with _mode(jobs.values(), graph=False), np.errstate(all="ignore"):
+    with _mode(jobs, graph=False):
         run([*singles.values(), *(track for step in steps.values() for track in step.tracks)])
         outcomes = {i: single.outcome() for i, single in singles.items()}
     # From here on nothing can fail, and memory is written.
@@ -142,8 +150,7 @@ def _by_groups(
     for number, generation in enumerate(held.generations):
         new = generation
         if number in steps:
-            with np.errstate(all="ignore"):
-                new, made = steps[number].commit(held.plan.pool, number, lease, in_place=in_place)
+            new, made = steps[number].commit(held.lineage.pool, number, lease, in_place=in_place)
             values.update({generation.group.slots[k]: x for k, x in made.items()})
         elif in_place:
             new = generation.leased(lease)
@@ -164,14 +171,14 @@ def _by_groups(
             for i, entry in enumerate(entries)
         )
     result = held.next(generations, lease)
-    state = StateTree(tree._structure, tree._slots, heads, result)
+    state = rebuilt(tree, heads, result)
     if not whole:  # a rule has given a parameter a state of another form
         changed = {i for n, members in odd.items() for i in (held.generations[n].group.slots[k] for k in members)}
         shown = [
             after(entries[i], outcomes.get(i), lease, consume=in_place) if i in changed else entry
             for i, entry in enumerate(state._entries)
         ]
-        state = StateTree(tree._structure, tree._slots, shown)
+        state = rebuilt(tree, shown)
     return Stepped(state, values, False)
 
 
@@ -216,33 +223,32 @@ def after(entry: Entry, outcome: Outcome | None, lease: Lease, *, consume: bool)
 def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
     """What the engine holds of the state, by group."""
     if held is None:
-        return grouped(tree._entries, xs, Plan(), tree._slots)
-    if held.pending and held.plan.steps >= held.plan.again:
-        return grouped(tree._entries, xs, held.plan, tree._slots)
+        return grouped(tree._entries, xs, Lineage(), tree._slots)
+    if held.pending and held.lineage.steps >= held.lineage.again:
+        return grouped(tree._entries, xs, held.lineage, tree._slots)
     return held
 
 
 # --- memory that is about to be written ---------------------------------------------------------------------------------------
 
 
-def _part(plan: Plan, steps: Sequence[GroupStep], jobs: dict[int, Job]) -> None:
+def _part(lineage: Lineage, steps: Sequence[GroupStep], jobs: dict[int, Job]) -> None:
     """Refuse parameters that are one array now, and copy gradients that lie in memory to be written."""
+    known = [step.fingerprint() for step in steps]
+    if not jobs and lineage.apart == known:
+        return
     found = [pair for step in steps for pair in step.writes()]
     if not found:
         _refuse_shared([(job.path, job.x) for job in jobs.values()])
         return
-    addresses = [first for first, _ in found]
-    known = plan.writes
-    if known is None or len(known[0]) != len(addresses) or not all(map(np.array_equal, known[0], addresses)):
-        starts, ends = np.concatenate(addresses), np.concatenate([end for _, end in found])
-        order = np.argsort(starts, kind="stable")
-        known = plan.writes = ([a.copy() for a in addresses], starts[order], np.maximum.accumulate(ends[order]))
-    _, starts, ends = known
+    starts, ends = np.concatenate([first for first, _ in found]), np.concatenate([end for _, end in found])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
     if jobs or (starts[1:] < ends[:-1]).any():
         xs = [(step.group.paths[int(i)], step.xs[int(i)]) for step in steps for i in step.members]
         _refuse_shared([*xs, *((job.path, job.x) for job in jobs.values())])
-    for step in steps:
-        step.part_from(starts, ends)
+    clear = [step.part_from(starts, ends) for step in steps]
+    lineage.apart = known if all(clear) else None
 
 
 def _refuse_shared(parameters: Sequence[tuple[str, Any]]) -> None:
@@ -265,6 +271,8 @@ def _is_ordinary() -> bool:
     """Whether arrays are what they seem: no transform, trace or dispatch mode looks on."""
     if torch_if_loaded() is None:
         return True
+    if is_recording():
+        return False
     from ..arrays import _torch
 
     return _torch.is_ordinary()

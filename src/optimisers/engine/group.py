@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,22 @@ from .program import Program, Schedule
 from .trace import numbers_of, structure_of_rule, trace
 
 _VARIANTS = 16
+
+
+class Columns(Mapping[str, Any]):
+    """The columns of a matrix by name."""
+
+    def __init__(self, rows: Vector, columns: dict[str, int]) -> None:
+        self._rows, self._columns = rows, columns
+
+    def __getitem__(self, name: str) -> Any:
+        return self._rows[:, self._columns[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 class Variant:
@@ -64,6 +80,7 @@ class Group:
         self.native_strides = [x.strides if isinstance(x, np.ndarray) else self.strides[i] for i, x in enumerate(xs)]
         self.native_dtype = xs[0].dtype
         self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
+        self._unsigned = self.sizes.astype(np.uint64)
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
@@ -128,6 +145,11 @@ class Group:
         if self._whole is None:
             self._whole = table(members, self.sizes)
         return self._whole
+
+    def bytes_of(self, size: Any) -> Vector:
+        """The bytes of each array, if an element takes so many."""
+        product: Vector = self._unsigned * size
+        return product
 
     def layout(self) -> Layout:
         """Where arrays of a new generation lie in blocks."""
@@ -262,7 +284,7 @@ def _holds(program: Program, matrix: Vector, members: Vector) -> Vector | None:
     if not program.early:
         return None
     rows = matrix[members]
-    decided = program.deciding.run({name: rows[:, k] for name, k in program.columns.items()})
+    decided = program.deciding.run(Columns(rows, program.columns))
     result = np.ones(len(members), bool)
     for value, (_, expected) in zip(decided, program.early, strict=True):
         result &= np.broadcast_to(value == expected, result.shape)

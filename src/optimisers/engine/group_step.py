@@ -13,7 +13,7 @@ from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
 from .dense import Vector, addresses_of, element_strides, is_loopable
-from .group import Group, Variant, inner
+from .group import Columns, Group, Variant, inner
 from .held import Generation
 from .loops import Loops
 from .memory import SMALL, Column, Pool
@@ -37,8 +37,8 @@ class GroupStep:
         self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
         if not regular:
             self._one_dtype()
-        self.x_addresses = addresses_of(xs)
-        self.dx_addresses = self._dx_addresses()
+        self.x_addresses = self._addresses(xs)
+        self.dx_addresses = self._addresses(dxs)
         self.s_addresses = [column.addresses() for column in generation.columns]
         if not all(found[self.members].all() for found in (self.x_addresses, self.dx_addresses, *self.s_addresses)):
             raise Untraceable("an array has no memory")  # a storage of which the memory was freed, a lazy zero
@@ -61,36 +61,49 @@ class GroupStep:
                 dx = _laid_out_as(self.xs[i], dx)
             self.dxs[i] = dx
 
-    def _dx_addresses(self) -> Vector:
+    def _addresses(self, arrays: Sequence[Any]) -> Vector:
+        """The addresses of the arrays that take part; 0 for the others, which may be anything."""
         if len(self.members) == self.group.count:
-            return addresses_of(self.dxs)
+            return addresses_of(arrays)
         found = np.zeros(self.group.count, np.uint64)
-        found[self.members] = addresses_of([self.dxs[i] for i in self.members])
+        found[self.members] = addresses_of([arrays[i] for i in self.members])
         return found
 
     def writes(self) -> Iterator[tuple[Vector, Vector]]:
         """(first byte, end) of what a step in place writes."""
-        sizes = self.group.sizes.astype(np.uint64)
-        yield self.x_addresses, self.x_addresses + sizes * np.uint64(self.xs[0].itemsize)
-        for k in range(len(self.group.arrays)):
-            size = 4 if self.group.form[self.group.arrays[k]].dtype == "float32" else 8
-            yield self.s_addresses[k], self.s_addresses[k] + sizes * np.uint64(size)
+        group, chosen = self.group, self.members
+        first = self.x_addresses[chosen]
+        yield first, first + group.bytes_of(np.uint64(self.xs[int(chosen[0])].itemsize))[chosen]
+        for k, found in enumerate(self.s_addresses):
+            size = {"bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
+            first = found[chosen]
+            yield first, first + group.bytes_of(np.uint64(size))[chosen]
 
-    def part_from(self, starts: Vector, ends: Vector) -> None:
-        """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient."""
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What is the same as long as nothing that is read or written has moved."""
+        found = (self.x_addresses, self.dx_addresses, self.members, *self.s_addresses)
+        return self.dxs[int(self.members[0])].dtype, *(a.tobytes() for a in found)
+
+    def part_from(self, starts: Vector, ends: Vector) -> bool:
+        """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient.
+
+        Whether there were none.
+        """
         size = np.uint64(self.dxs[int(self.members[0])].itemsize)
         first = self.dx_addresses
-        last = first + self.group.sizes.astype(np.uint64) * size
+        last = first + self.group.bytes_of(size)
         before = np.searchsorted(starts, last, "left") - 1
-        own = (first == self.x_addresses) & (int(size) == self.xs[0].itemsize)
+        own = (first == self.x_addresses) & (int(size) == self.xs[int(self.members[0])].itemsize)
         hit = (before >= 0) & (ends[np.maximum(before, 0)] > first) & ~own
         hit = hit[self.members]
+        if not hit.any():
+            return True
         for i in self.members[hit]:
             self.dxs[i] = _laid_out_as(self.xs[i], self.dxs[i])
             self.dx_addresses[i] = addresses_of([self.dxs[i]])[0]
-        if hit.any():
-            for track in self.tracks:
-                track.point()
+        for track in self.tracks:
+            track.point()
+        return False
 
     def commit(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> tuple[Generation, dict[int, Any]]:
         """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
@@ -135,16 +148,14 @@ class GroupStep:
 
     def _fresh_parameters(self, pool: Pool, number: int) -> dict[int, Any]:
         group = self.group
-        stepped = [int(i) for t in self.tracks if t.program.steps for i in t.members]
-        new: dict[int, Any] = {}
-        torch = torch_if_loaded()
-        empty_like = np.empty_like if group.library == "numpy" else torch.empty_like  # type: ignore[union-attr]
+        stepped = [i for t in self.tracks if t.program.steps for i in t.members.tolist()]
         small = group.layout().shared
+        empty_like: Any = np.empty_like if group.library == "numpy" else torch_if_loaded().empty_like  # type: ignore[union-attr]
+        few = [i for i in stepped if small[i]]
+        new = dict(zip(few, map(empty_like, [self.xs[i] for i in few]), strict=True))
         turn: Counter[int] = Counter()
         for i in stepped:
-            if small[i]:
-                new[i] = empty_like(self.xs[i])
-            else:
+            if not small[i]:
                 size = int(group.sizes[i])
                 block, hold = pool.take(size, group.native_dtype, (number, -1, turn[size]))
                 turn[size] += 1
@@ -224,8 +235,8 @@ class GroupTrack(Track):
     def _run(self, tape: Tape) -> list[Vector]:
         """Numbers for each member."""
         rows = self.matrix if len(self.members) == len(self.matrix) else self.matrix[self.members]
-        values = tape.run({name: rows[:, k] for name, k in self.program.columns.items()})
-        return [value if np.ndim(value) else np.full(len(self.members), value) for value in values]
+        values = tape.run(Columns(rows, self.program.columns))
+        return [value if isinstance(value, np.ndarray) else np.full(len(self.members), value) for value in values]
 
     def _check_guards(self) -> None:
         """Raise Missed unless what was decided from measures still holds."""
@@ -262,7 +273,7 @@ class GroupTrack(Track):
             if new_xs is None:
                 self.pointers[:, column] = self.x_addresses
             else:
-                self.pointers[self.members, column] = addresses_of([new_xs[int(i)] for i in self.members])
+                self.pointers[self.members, column] = addresses_of([new_xs[i] for i in self.members.tolist()])
         self.loops.run(self._pass, self.work, self.pointers, self.matrix, apart=new_xs is not None)
 
     def count(self, counters: Vector) -> None:

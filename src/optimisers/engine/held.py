@@ -90,7 +90,7 @@ def _scalar(value: float, dtype: str, library: str) -> Any:
     return torch.tensor(value, dtype=getattr(torch, dtype), device="cpu")
 
 
-class Plan:
+class Lineage:
     """What a line of states knows of how it is stepped.
 
     Attributes:
@@ -99,7 +99,7 @@ class Plan:
         again: the step from which on groups that were left out are considered again.
         misses: how often measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
-        writes: what was written last, sorted, to be used again while addresses stay.
+        apart: where everything lay when no gradient was found in memory to be written.
 
     """
 
@@ -109,10 +109,10 @@ class Plan:
         self.again = COMPILE_AFTER
         self.misses = 0
         self.refused: set[Any] = set()
-        self.writes: tuple[list[Vector], Vector, Vector] | None = None
+        self.apart: list[tuple[Any, ...]] | None = None
 
-    def __deepcopy__(self, memo: Any) -> Plan:
-        return Plan()
+    def __deepcopy__(self, memo: Any) -> Lineage:
+        return Lineage()
 
 
 class Held:
@@ -121,7 +121,7 @@ class Held:
     Attributes:
         generations: one for each group.
         where: for each slot (number of the group, number in it), or None.
-        plan: shared by all states that follow from one another.
+        lineage: shared by all states that follow from one another.
         lease: of counters; each column has one of its own.
         pending: whether some groups may become worth a compilation later.
         loose: the slots that are in no group.
@@ -135,15 +135,15 @@ class Held:
         self,
         generations: list[Generation],
         where: list[tuple[int, int] | None],
-        plan: Plan,
+        lineage: Lineage,
         lease: Lease,
         idle: list[int],
         tied: list[int],
         *,
         pending: bool,
     ) -> None:
-        self.generations, self.where, self.plan, self.lease, self.idle, self.pending = (
-            generations, where, plan, lease, idle, pending,
+        self.generations, self.where, self.lineage, self.lease, self.idle, self.pending = (
+            generations, where, lineage, lease, idle, pending,
         )  # fmt: skip
         self.loose = [i for i, place in enumerate(where) if place is None]
         self.tied = [i for i in tied if where[i] is not None]
@@ -158,11 +158,11 @@ class Held:
 
     def dissolved(self) -> Held:
         """Nothing held by group, for one step in which measures came out unexpectedly, or for good if that is the rule."""
-        self.plan.misses += 1
-        if self.plan.misses > _MISSES:
-            self.plan.refused.update(generation.group.key for generation in self.generations)
-        self.plan.again = self.plan.steps + 1
-        return Held([], [None] * len(self.where), self.plan, Lease(), self.idle, [], pending=True)
+        self.lineage.misses += 1
+        if self.lineage.misses > _MISSES:
+            self.lineage.refused.update(generation.group.key for generation in self.generations)
+        self.lineage.again = self.lineage.steps + 1
+        return Held([], [None] * len(self.where), self.lineage, Lease(), self.idle, [], pending=True)
 
     def is_empty(self) -> bool:
         """Whether no state is held so."""
@@ -215,7 +215,7 @@ def idle_slots(heads: Sequence[Entry]) -> list[int]:
     return [i for i, head in enumerate(heads) if head.frozen or head.rule is None]
 
 
-def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: Sequence[Slot]) -> Held:
+def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots_of: Sequence[Slot]) -> Held:
     """The states of entries by group, as far as loops can be made for them and are worth it.
 
     ``xs`` are the parameters. Nothing is copied: columns refer to the arrays that are there.
@@ -227,14 +227,14 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: S
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
         key = None if mode == "0" else _key(entry, x)
-        if key is not None and key not in plan.refused:
+        if key is not None and key not in lineage.refused:
             found[key].append(i)
     for key, slots in found.items():
         rules: list[Any] = [entries[i].rule for i in slots]
         paths = [slots_of[i].path or "(the array)" for i in slots]
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
         if mode == "auto" and int(group.sizes.sum()) < COMPILE_FROM:
-            if plan.steps < plan.again:
+            if lineage.steps < lineage.again:
                 pending = True
                 continue
             if not group.is_exact():
@@ -250,7 +250,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], plan: Plan, slots_of: S
         generations.append(Generation(group, columns, counters))
     lease = Lease.of(entries[i].lease for g in generations for i in g.group.slots) if generations else Lease()
     tied = [i for i, slot in enumerate(slots_of) if len(slot.places) > 1]
-    return Held(generations, where, plan, lease, idle_slots(entries), tied, pending=pending)
+    return Held(generations, where, lineage, lease, idle_slots(entries), tied, pending=pending)
 
 
 def _key(entry: Entry, x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,13 @@ class Table(NamedTuple):
     starts: Ints
     """The first piece of each array."""
     elements: int
+    addresses: tuple[int, int]
+    """Those of ``first`` and ``pieces``."""
+
+
+def address(array: Any) -> int:
+    """The address of a NumPy array's first element."""
+    return int(array.__array_interface__["data"][0])
 
 
 def table(members: Ints, sizes: Ints) -> Table:
@@ -48,7 +56,7 @@ def table(members: Ints, sizes: Ints) -> Table:
     unit = np.cumsum(n + _OVERHEAD) // _UNIT
     first = np.concatenate([[0], np.flatnonzero(np.diff(unit)) + 1, [len(n)]]).astype(np.int64)
     pieces = np.ascontiguousarray(np.stack([leaf, start, n], axis=1), dtype=np.int64)
-    return Table(members, pieces, first, ends - counts, int(size.sum()))
+    return Table(members, pieces, first, ends - counts, int(size.sum()), (address(first), address(pieces)))
 
 
 class Loops:
@@ -78,12 +86,18 @@ class Loops:
         if apart and self._apart is not None and work.elements >= _MUCH:
             function = self._apart
         combine = self._sums[index]
-        sums = np.empty((len(work.pieces), len(combine)))
-        next_unit = np.zeros(1, np.int64)
-        arrays = (next_unit, work.first, work.pieces, pointers, numbers, sums)
-        arguments = (len(work.first) - 1, *(a.__array_interface__["data"][0] for a in arrays))
+        sums = np.empty((len(work.pieces), len(combine))) if combine else None
+        next_unit = ctypes.c_int64(0)
+        arguments = (
+            len(work.first) - 1,
+            ctypes.addressof(next_unit),
+            *work.addresses,
+            address(pointers),
+            address(numbers),
+            None if sums is None else address(sums),
+        )
         _on_threads(function, arguments, work.elements)
-        return [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
+        return [] if sums is None else [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:
@@ -117,10 +131,8 @@ def _on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> Non
     if _pool is None or _pool._max_workers < others:
         _pool = ThreadPoolExecutor(others, "optimisers")
     helpers: list[Future[Any]] = []
-    try:
+    with suppress(RuntimeError):  # an interpreter that is shutting down takes no new work
         helpers.extend(_pool.submit(function, *arguments) for _ in range(others))
-    except RuntimeError:  # the interpreter is shutting down, and takes no new work
-        pass
     try:
         function(*arguments)
     finally:

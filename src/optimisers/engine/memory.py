@@ -124,8 +124,8 @@ class Layout:
             places[i] = shared, used
             used += -(-size // 16) * 16  # each begins on a cache line of its own, as in memory from the allocator
             self.block_sizes[shared] = used
-        self.blocks, self.offsets = places[:, 0], places[:, 1]
-        self.shared = np.array([size < SMALL for size in sizes], bool)
+        self.blocks, self.offsets = places[:, 0].copy(), places[:, 1].astype(np.uint64)
+        self.shared = [size < SMALL for size in sizes]
 
     def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[tuple[Block, Any]]:
         """Blocks for one generation, each with its hold."""
@@ -181,7 +181,7 @@ class Column:
             return addresses_of([self._given[i] for i in range(len(self._given))])
         layout, blocks = self._blocks
         starts = np.array([block.address() for block, _ in blocks], np.uint64)
-        found: Vector = starts[layout.blocks] + (layout.offsets * blocks[0][0].base.itemsize).astype(np.uint64)
+        found: Vector = starts[layout.blocks] + layout.offsets * np.uint64(blocks[0][0].base.itemsize)
         if self._given:
             found[list(self._given)] = addresses_of(list(self._given.values()))
         return found

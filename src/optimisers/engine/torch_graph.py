@@ -56,8 +56,12 @@ def mode(*, graph: bool) -> AbstractContextManager[Any]:
     return nullcontext() if graph else torch.no_grad()
 
 
-def as_parameter(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """A new value as a leaf of old's class and ``requires_grad``."""
+def as_parameter(new: Any, old: Any) -> Any:
+    """A new value as a leaf of old's class and ``requires_grad``; NumPy arrays as they are."""
+    if type(new) is torch.Tensor is type(old) and not (new.requires_grad or old.requires_grad):
+        return new
+    if not isinstance(new, torch.Tensor):
+        return new
     new = new.detach()
     if type(new) is not type(old):
         if type(old) is torch.nn.Parameter or type(new) is not torch.Tensor:

@@ -10,7 +10,7 @@ from ..rules._precision import find_state
 from ..rules.averaged import Average
 from ..tree.destructure import permuted
 from ..tree.state import StateTree, check_alive
-from .update import checked_leaves, finished, retie
+from .update import checked_leaves, finisher, retie
 
 
 def averaged(state: StateTree, model: Any) -> Any:
@@ -37,7 +37,8 @@ def averaged(state: StateTree, model: Any) -> Any:
         for place in slot.places:
             old = leaves[place.leaf]
             new = 1 * permuted(kept.average, place.permutation)
-            leaves[place.leaf] = finished(cast_to(new, dtype_name(old)), old, graph=getattr(new, "requires_grad", False))
+            finish = finisher(graph=getattr(new, "requires_grad", False))
+            leaves[place.leaf] = finish(cast_to(new, dtype_name(old)), old)
         retie(slot, leaves)
     if not found:
         msg = "averaged: no rule of this state keeps an average; set up with Averaged(rule, decay)"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from ..arrays import dtype_name, kind, share_memory, torch_if_loaded
+from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded
 from ..engine.advance import advance
 from ..engine.held import Held
 from ..errors import ArgumentError, StructureError, described
@@ -43,13 +43,22 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
             "torch.func.functional_call(module, params, ...), and call update(state, params, grads)"
         )
         raise ArgumentError(msg)
+    if is_compiling():
+        from ..engine.compiling import update_traced
+
+        return update_traced(_update, state, model, grads, differentiable=differentiable)
+    return _update(state, model, grads, differentiable=differentiable)
+
+
+def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
     work = prepare(state, model, grads)
     stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
+    finish = finisher(graph=stepped.graph)
     for i, value in stepped.values.items():
         places = state._slots[i].places
-        for place in places:
-            leaves[place.leaf] = finished(permuted(value, place.permutation), leaves[place.leaf], graph=stepped.graph)
+        for leaf, permutation in places:
+            leaves[leaf] = finish(value if permutation is None else permuted(value, permutation), leaves[leaf])
         if len(places) > 1:
             retie(state._slots[i], leaves)
     return stepped.state, state._structure.unflatten(model, leaves)
@@ -62,6 +71,11 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     written to. For a ``torch.nn.Module`` grads may be left out: the step then takes each parameter's ``.grad``. Carries no
     graph. Raises as `update` does, and then has changed nothing.
     """
+    if is_compiling():
+        from ..engine.compiling import update_untraced
+
+        reason = "update_ writes to memory that torch.compile manages itself; inside torch.compile use update"
+        return update_untraced(update_, reason, state, model, grads)
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module)
     with no_grad():
@@ -178,13 +192,13 @@ def _check_parameter(slot: Slot, x: Any) -> None:
     raise StructureError(msg)
 
 
-def finished(new: Any, old: Any, *, graph: bool) -> Any:
-    """A new value as the model is to hold it: a leaf of old's class, if it carries no graph."""
-    if graph or kind(new) != "torch":
-        return new
+def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
+    """What makes of (new value, old value) the new one as the model is to hold it: without a graph, a leaf of the old class."""
+    if graph or torch_if_loaded() is None:
+        return lambda new, _: new
     from ..engine.torch_graph import as_parameter
 
-    return as_parameter(new, old)
+    return as_parameter
 
 
 def retie(slot: Slot, leaves: list[Any]) -> None:

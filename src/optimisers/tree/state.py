@@ -16,6 +16,8 @@ from ..rules._fields import is_tensor
 from ..rules._precision import map_state
 from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
 from .leaves import Place, Slot
+from .sealed import Plan
+from .sealed import register as register_sealed
 from .show import state_table
 from .structure import ModuleStructure, Structure, TreeStructure
 
@@ -50,7 +52,7 @@ class StateTree:
     of rules that are tensors; a tied array appears once.
     """
 
-    __slots__ = ("_heads", "_held", "_slots", "_structure", "_whole")
+    __slots__ = ("_heads", "_held", "_plan", "_slots", "_structure", "_whole")
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     _structure: Structure
@@ -60,14 +62,23 @@ class StateTree:
     _held: HeldStates | None
     _whole: tuple[Entry, ...] | None
 
+    _plan: Plan
+
     def __init__(
-        self, structure: Structure, slots: tuple[Slot, ...], entries: Iterable[Entry], held: HeldStates | None = None
+        self,
+        structure: Structure,
+        slots: tuple[Slot, ...],
+        entries: Iterable[Entry],
+        held: HeldStates | None = None,
+        *,
+        plan: Plan | None = None,
     ) -> None:
         heads = tuple(entries)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_slots", slots)
         object.__setattr__(self, "_heads", heads)
         object.__setattr__(self, "_held", held)
+        object.__setattr__(self, "_plan", plan or Plan(structure, slots))
         object.__setattr__(self, "_whole", heads if held is None or held.is_empty() else None)
         _register_with_torch()
 
@@ -190,7 +201,7 @@ class StateTree:
         if self._structure != other._structure or self._slots != other._slots:
             return False
         return all(
-            a.rule == b.rule and a.frozen == b.frozen and same_state(a.state, b.state)
+            a.rule == b.rule and a.frozen == b.frozen and same_state(host_state(a), host_state(b))
             for a, b in zip(self._entries, other._entries, strict=True)
         )
 
@@ -218,9 +229,9 @@ def _has_ended(state: StateTree) -> bool:
     return any(entry.lease.ended for entry in state._heads)
 
 
-def rebuilt(state: StateTree, entries: Iterable[Entry]) -> StateTree:
-    """The same tree with other entries."""
-    return StateTree(state._structure, state._slots, entries)
+def rebuilt(state: StateTree, entries: Iterable[Entry], held: HeldStates | None = None) -> StateTree:
+    """The same tree with other entries, or states that are held otherwise."""
+    return StateTree(state._structure, state._slots, entries, held, plan=state._plan)
 
 
 def reruled(state: StateTree, heads: Iterable[Entry]) -> StateTree:
@@ -230,7 +241,7 @@ def reruled(state: StateTree, heads: Iterable[Entry]) -> StateTree:
     if state._held is not None and held is None:
         whole = state._entries
         new = tuple(e.replace(rule=h.rule, base=h.base, frozen=h.frozen) for e, h in zip(whole, new, strict=True))
-    return StateTree(state._structure, state._slots, new, held)
+    return rebuilt(state, new, held)
 
 
 # --- pytree ---------------------------------------------------------------------------------------------------------------
@@ -253,17 +264,17 @@ class _Placed:
 class _Static:
     """What a state tree is without its arrays: compared when two of them are mapped over together."""
 
-    def __init__(self, structure: Structure, slots: tuple[Slot, ...], entries: tuple[Entry, ...]) -> None:
-        self.structure, self.slots, self.entries = structure, slots, entries
+    def __init__(self, plan: Plan, entries: tuple[Entry, ...]) -> None:
+        self.plan, self.entries = plan, entries
 
     def _key(self) -> tuple[Any, ...]:
-        return self.structure, self.slots, tuple((e.rule, e.state, e.numbers, e.frozen) for e in self.entries)
+        return self.plan, tuple((e.rule, e.state, e.numbers, e.frozen) for e in self.entries)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.slots, tuple(e.frozen for e in self.entries)))
+        return hash((self.plan, tuple(e.frozen for e in self.entries)))
 
 
 def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
@@ -289,7 +300,7 @@ def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
         visible = shown_state(entry, slot.kind)
         hollow = map_state(take(f"{slot.path}:state"), visible)
         entries.append(entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=hollow))
-    return leaves, _Static(state._structure, state._slots, tuple(entries)), names
+    return leaves, _Static(state._plan, tuple(entries)), names
 
 
 def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
@@ -310,7 +321,7 @@ def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
         state = map_state(fill, entry.state)
         new = entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=state, lease=lease)
         entries.append(new.replace(state=host_state(new)))
-    return StateTree(static.structure, static.slots, entries)
+    return StateTree(static.plan.structure, static.plan.slots, entries, plan=static.plan)
 
 
 def _map_tensors(rule: AbstractRule, f: Any) -> AbstractRule:
@@ -373,3 +384,4 @@ def _register_with_torch() -> None:
         lambda state: flatten(state)[:2],
         lambda leaves, static: unflatten(static, leaves),
     )
+    register_sealed(_torch.pytree_module())
