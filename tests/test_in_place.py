@@ -31,9 +31,31 @@ def test_a_step_in_place_keeps_memory(lib):
     moments = []
     for step in range(4):
         state, model = opt.update_(state, model, arrays(lib, step))
-        moments.append([address(state[key].state[1][0]) for key in SHAPES])
+        moments.append([column.addresses().tolist() for g in state._held.generations for column in g.columns])
         assert {key: address(x) for key, x in model.items()} == parameters
     assert moments[0] == moments[1] == moments[2] == moments[3]
+
+
+@LIBRARIES
+def test_the_first_step_in_place_takes_over_large_moments(lib):
+    model = {"w": np.ones((200, 200), np.float32)} if lib == "numpy" else {"w": torch.ones(200, 200)}
+    state = opt.setup(opt.Adam(), model)
+    before = [address(m) for m in state["w"].state[:2]]
+    state, _ = opt.update_(state, model, {"w": 0.1 * model["w"]})
+    assert [column.addresses().tolist() for column in state._held.generations[0].columns] == [[at] for at in before]
+
+
+@LIBRARIES
+def test_an_array_of_the_state_that_somebody_holds_is_not_overwritten(lib):
+    model = {"w": np.ones((200, 200), np.float32)} if lib == "numpy" else {"w": torch.ones(200, 200)}
+    grads = {"w": 0.1 * model["w"]}
+    state = opt.setup(opt.Adam(), model)
+    for _ in range(3):
+        held = state["w"].state[0]
+        before = raw(held)
+        state, model = opt.update_(state, model, grads)
+        assert raw(held) == before
+        assert raw(state["w"].state[0]) != before
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Untraceable, torch_if_loaded
+from ..arrays import Untraceable, is_number, torch_if_loaded
 from ..errors import CompileWarning, locating
 from ..rules._base import AbstractRule
 from ..rules._precision import state_leaves
@@ -18,7 +18,7 @@ from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strid
 from .loops import Loops, Table, table
 from .memory import Layout
 from .program import Program, Schedule
-from .trace import numbers_of, structure_of_rule, trace
+from .trace import filled, numbers_of, structure_of_rule, trace
 
 _VARIANTS = 16
 
@@ -74,7 +74,8 @@ class Group:
         self.structure, self.nesting, self.form, self.dtype, self.library = key
         self.rules = rules
         self.hyper = _hyper(rules)
-        self.template = template
+        # Without its arrays, which would be kept alive.
+        self.template = filled(template, iter(leaf if is_number(leaf) else 0 for leaf in state_leaves(template)))
         self.shapes = [tuple(x.shape) for x in xs]
         self.strides = [element_strides(x) for x in xs]
         self.native_strides = [x.strides if isinstance(x, np.ndarray) else self.strides[i] for i, x in enumerate(xs)]

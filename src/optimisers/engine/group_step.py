@@ -122,7 +122,7 @@ class GroupStep:
         return Generation(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
-        """Where the new state is written. Also in place that is new memory for arrays that were made elsewhere."""
+        """Where the new state is written. Also in place that is new memory for what others may refer to."""
         group, old = self.group, self.generation
         columns = []
         for k, i in enumerate(group.arrays):
@@ -131,12 +131,17 @@ class GroupStep:
             if not writers or (in_place and before.is_own()):
                 columns.append(before.leased(lease) if in_place else before)
                 continue
-            column = Column.fresh(group.layout(), pool, _native(group, group.form[i].dtype), (number, k), lease)
+            dtype = _native(group, group.form[i].dtype)
+            column, common = before.taken_over(group.layout(), pool, dtype, (number, k), lease) if in_place else (
+                Column.fresh(group.layout(), pool, dtype, (number, k), lease), set()
+            )  # fmt: skip
             kept = np.ones(group.count, bool)
             kept[np.concatenate(writers)] = False
             shared = {}
             for member in map(int, np.flatnonzero(kept)):
                 array = old.array(k, member)
+                if member in common:
+                    continue
                 if group.sizes[member] >= SMALL and not in_place:
                     shared[member] = array
                 else:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,17 +62,22 @@ class Block:
 
     __slots__ = ("_alone", "_start", "base", "storage")
 
-    def __init__(self, size: int, dtype: Any) -> None:
+    def __init__(self, size: int, dtype: Any, around: Any = None) -> None:
         self.base: Any
         self.storage: Any
         if isinstance(dtype, np.dtype):
-            self.base, self.storage = np.empty(size, dtype), None
+            self.base, self.storage = np.empty(size, dtype) if around is None else around, None
         else:
             torch = sys.modules["torch"]
-            self.base = torch.empty(size, dtype=dtype, device="cpu")
+            self.base = torch.empty(size, dtype=dtype, device="cpu") if around is None else around.detach()
             self.storage = self.base.untyped_storage()
         self._start = self.address()
-        self._alone = self._holders()
+        self._alone = self._holders() if around is None else _alone(isinstance(dtype, np.dtype))
+
+    @staticmethod
+    def around(x: Any) -> Block:
+        """The memory of an array that nobody else will refer to once the state that it comes from is gone."""
+        return Block(0, x.dtype, x)
 
     def _holders(self) -> int:
         """How many refer to the memory; 0 where the library cannot say."""
@@ -86,6 +93,10 @@ class Block:
         Sharing a tensor with another process moves it, and nobody counts who refers to it there.
         """
         return 0 < self._alone == self._holders() and self.address() == self._start
+
+    def is_held_once(self) -> bool:
+        """Whether nobody but us and the one who holds it refers to the memory."""
+        return 0 < self._alone == self._holders() - 1 and self.address() == self._start
 
     def hold(self) -> Any:
         """What keeps the block from being used again while it exists."""
@@ -106,42 +117,90 @@ class Block:
         return torch.empty(0, dtype=self.base.dtype, device="cpu").set_(self.storage, offset, tuple(shape), tuple(strides))
 
 
+@cache
+def _alone(numpy: bool) -> int:
+    """How many references to a block's memory the library counts if there is only the block."""
+    return Block(1, np.dtype("float32") if numpy else sys.modules["torch"].float32)._alone
+
+
+def _references(arrays: dict[int, Any], i: int) -> tuple[int, ...]:
+    """How many refer to an array, to what the library makes of it, and to its memory."""
+    x = arrays[i]
+    if isinstance(x, np.ndarray):
+        return (sys.getrefcount(x),)
+    torch = sys.modules["torch"]
+    storage = x.untyped_storage()
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return sys.getrefcount(x), x._use_count(), 0 if count is None else count(storage._cdata), sys.getrefcount(storage)
+
+
+@cache
+def _sole(numpy: bool) -> tuple[int, ...]:
+    """The references to an array to which nothing refers but the state of one entry and a column."""
+    arrays = {0: np.empty(1, np.float32) if numpy else sys.modules["torch"].empty(1, device="cpu")}
+    state = (arrays[0],)
+    found = _references(arrays, 0)
+    del state
+    return found
+
+
+def _is_sole(arrays: dict[int, Any], i: int) -> bool:
+    """Whether the memory of an array may be taken over: all of it is the array's, and nothing else refers to it."""
+    x = arrays[i]
+    if isinstance(x, np.ndarray):
+        whole = x.base is None and x.flags.c_contiguous and x.flags.writeable
+    else:
+        whole = x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.itemsize and not x.is_inference()
+    del x
+    return whole and _references(arrays, i) == _sole(isinstance(arrays[i], np.ndarray))
+
+
 class Layout:
     """Where each of many arrays lies in blocks: (block, first element); a large array has a block of its own."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.block_sizes: list[int] = []
+        self.owners: list[int | None] = []  # of blocks that one array has for itself
         places = np.zeros((len(sizes), 2), np.int64)
         shared, used = -1, 0
         for i, size in enumerate(sizes):
             if size >= SMALL:
                 places[i] = len(self.block_sizes), 0
                 self.block_sizes.append(size)
+                self.owners.append(i)
                 continue
             if shared < 0 or used + size > _SHARED:
                 shared, used = len(self.block_sizes), 0
                 self.block_sizes.append(0)
+                self.owners.append(None)
             places[i] = shared, used
             used += -(-size // 16) * 16  # each begins on a cache line of its own, as in memory from the allocator
             self.block_sizes[shared] = used
         self.blocks, self.offsets = places[:, 0].copy(), places[:, 1].astype(np.uint64)
         self.shared = [size < SMALL for size in sizes]
 
-    def take(self, pool: Pool, dtype: Any, turn: tuple[int, ...]) -> list[tuple[Block, Any]]:
-        """Blocks for one generation, each with its hold."""
+    def take(
+        self, pool: Pool, dtype: Any, turn: tuple[int, ...], adopted: Mapping[int, Any] = MappingProxyType({})
+    ) -> list[tuple[Block, Any]]:
+        """Blocks for one generation, each with its hold; those of adopted arrays are their own memory."""
         seen: defaultdict[int, int] = defaultdict(int)
         blocks = []
-        for size in self.block_sizes:
-            blocks.append(pool.take(size, dtype, (*turn, seen[size])))
-            seen[size] += 1
+        for size, owner in zip(self.block_sizes, self.owners, strict=True):
+            if owner is not None and owner in adopted:
+                block = Block.around(adopted[owner])
+                blocks.append((block, block.hold()))
+            else:
+                blocks.append(pool.take(size, dtype, (*turn, seen[size])))
+                seen[size] += 1
         return blocks
 
 
 class Column:
     """One array of the state for each of many parameters: given ones, or places in blocks, made into arrays when looked at.
 
-    Given arrays were made elsewhere, by rules or by users. They are read and never written, since nobody knows what else
-    they are: one array may stand at several places, be read-only, or belong to a state that is not consumed.
+    Given arrays were made elsewhere, by rules or by users. They are not written, since nobody knows what else they are: one
+    array may stand at several places, be read-only, or belong to a state that is not consumed. Large ones to which nothing else
+    refers are taken over as blocks, so that a first step in place needs no memory for a second state.
 
     Attributes:
         lease: of this memory.
@@ -171,9 +230,17 @@ class Column:
         """A column of memory whose content is yet to be written."""
         return Column({}, lease, None, (layout, layout.take(pool, dtype, turn)))
 
+    def taken_over(
+        self, layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease
+    ) -> tuple[Column, set[int]]:
+        """A column to be written in the place of this one, and the arrays whose memory it has in common with it."""
+        large = {i for i in layout.owners if i in self._given} if self._blocks is None else set()
+        adopted = {i: self._given[i] for i in large if i is not None and _is_sole(self._given, i)}
+        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn, adopted))), set(adopted)
+
     def is_own(self) -> bool:
-        """Whether all of it lies in blocks, and so may be written."""
-        return not self._given
+        """Whether it lies in blocks to which nobody else refers, and so may be written."""
+        return not self._given and self._blocks is not None and all(block.is_held_once() for block, _ in self._blocks[1])
 
     def addresses(self) -> Vector:
         """Those of the first elements, now: torch moves the memory of tensors that are shared with other processes."""
