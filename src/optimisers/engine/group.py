@@ -14,6 +14,7 @@ from ..errors import CompileWarning, locating
 from ..rules._base import AbstractRule
 from ..rules._precision import state_leaves
 from . import build
+from .blocks import Blocks
 from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strides, is_compiled_dtype
 from .loops import Loops, Table, table
 from .memory import Layout
@@ -28,8 +29,14 @@ class Variant:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.loops: Loops | None = None
-        self.misses = 0
+        self._made: dict[bool, Loops | Blocks] = {}
+
+    def loops(self) -> Loops | Blocks:
+        """The loops, made when they are asked for first."""
+        compiled = build.switch() != "0"
+        if compiled not in self._made:
+            self._made[compiled] = Loops.of(self.program)
+        return self._made[compiled]
 
 
 _variants: defaultdict[Any, list[Variant]] = defaultdict(list)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
+from ..arrays import Tape, Traced, cast_to, dtype_name, evaluated, torch_if_loaded, working_dtype
 from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
 from .dense import Vector, addresses_of, element_strides, is_plain
 from .group import Group, Variant, inner
 from .held import Generation
-from .loops import Loops
 from .memory import SMALL, Column, Pool
 from .program import COMPILED, Boundary, Program
 from .source import pointer_names
@@ -158,11 +157,7 @@ class GroupTrack(Track):
 
     def __init__(self, step: GroupStep, variant: Variant, members: Vector, matrix: Vector) -> None:
         self.step, self.variant, self.program, self.members, self.matrix = step, variant, variant.program, members, matrix
-        if variant.loops is None:
-            variant.loops = Loops.of(self.program)
-            if variant.loops is None:
-                raise Untraceable("loops cannot be compiled")
-        self.loops: Loops = variant.loops
+        self.loops = variant.loops()
         self.rule = step.group.rules[int(members[0])]
         self.passed = Counter()
         self.work = step.group.work(members)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import torch_if_loaded
 from . import build
+from .blocks import Blocks
 from .program import Program
 from .source import all_passes, source
 
@@ -64,10 +65,10 @@ class Loops:
             self._sums.append([{"sum": np.add, "largest": np.maximum, "smallest": np.minimum}[n.op] for n in this.reductions])
 
     @staticmethod
-    def of(program: Program) -> Loops | None:
-        """The loops of a program; None, with one warning in a process, if they cannot be compiled."""
-        library = build.built(source(program))
-        return None if library is None else Loops(program, library)
+    def of(program: Program) -> Loops | Blocks:
+        """The loops of a program; run by NumPy if they are not to be compiled or, with one warning in a process, cannot be."""
+        library = None if build.switch() == "0" else build.built(source(program))
+        return Blocks(program) if library is None else Loops(program, library)
 
     def run(self, index: int, work: Table, pointers: Any, numbers: Any) -> list[Any]:
         """Run a pass. For each number that it sums up: the values for the arrays of the work, in order."""
@@ -76,7 +77,7 @@ class Loops:
         next_unit = np.zeros(1, np.int64)
         arrays = (next_unit, work.first, work.pieces, pointers, numbers, sums)
         arguments = (len(work.first) - 1, *(a.__array_interface__["data"][0] for a in arrays))
-        _on_threads(self._functions[index], arguments, work.elements)
+        on_threads(self._functions[index], arguments, work.elements)
         return [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
 
 
@@ -95,7 +96,7 @@ def threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
+def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
     global _pool  # noqa: PLW0603
     others = min(threads() - 1, elements // _ALONE)
     if others <= 0:
