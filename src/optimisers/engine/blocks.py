@@ -303,9 +303,9 @@ def _work(
 def _call(sheet: Sheet, values: list[Any]) -> None:
     for function, arguments, result in sheet.steps:
         if len(arguments) == 2:
-            function(values[arguments[0]], values[arguments[1]], values[result])
+            function(values[arguments[0]], values[arguments[1]], out=values[result])
         else:
-            function(*[values[a] for a in arguments], values[result])
+            function(*[values[a] for a in arguments], out=values[result])
     for value, place in sheet.copies:
         np.copyto(values[place], values[value])
 

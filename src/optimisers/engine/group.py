@@ -30,6 +30,7 @@ class Variant:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._made: dict[bool, Loops | Blocks] = {}
+        self.scripts: dict[frozenset[str], Any] = {}
 
     def loops(self) -> Loops | Blocks:
         """The loops, made when they are asked for first."""
@@ -64,7 +65,7 @@ class Group:
         self.paths = paths
         self.structure, self.nesting, self.form, self.dtype, self.library = key
         self.rules = rules
-        self.hyper = _hyper(rules)
+        self.hyper = hyper_of(rules)
         self.template = template
         self.shapes = [tuple(x.shape) for x in xs]
         self.strides = [element_strides(x) for x in xs]
@@ -87,7 +88,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper = rules, _hyper(rules)
+        new.rules, new.hyper = rules, hyper_of(rules)
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -245,7 +246,7 @@ def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
         warnings.warn(msg, CompileWarning, stacklevel=2)
 
 
-def _hyper(rules: Sequence[AbstractRule]) -> Vector:
+def hyper_of(rules: Sequence[AbstractRule]) -> Vector:
     rows: dict[int, list[float]] = {}
     for rule in rules:
         if id(rule) not in rows:

@@ -218,7 +218,7 @@ class GroupTrack(Track):
         if self.program.late:
             first = self.matrix[int(self.members[0])]
             inputs = {name: float(first[k]) for name, k in self.program.columns.items()}
-            known = [(node, value) for node, value in self.program.late if not _waits(node, self.program, self._asked)]
+            known = [(node, value) for node, value in self.program.late if not waits(node, self.program, self._asked)]
             if any(evaluated(node, inputs) != value for node, value in known):
                 raise Missed
 
@@ -260,10 +260,10 @@ class GroupTrack(Track):
                 counters[self.members, k] = values[f"c{i}"]
 
 
-def _waits(node: Traced, program: Program, asked: int) -> bool:
+def waits(node: Traced, program: Program, asked: int) -> bool:
     """Whether a number depends on a measure that is yet to be combined."""
     ahead = {name for boundary in program.boundaries[asked:] for name in boundary.names or ()}
-    return (node.op == "number" and node.value in ahead) or any(_waits(arg, program, asked) for arg in node.args)
+    return (node.op == "number" and node.value in ahead) or any(waits(arg, program, asked) for arg in node.args)
 
 
 def _native(group: Group, name: str) -> Any:
