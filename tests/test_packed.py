@@ -79,7 +79,7 @@ def run(rule, model, grads, verb, *, change=None):
 
 def assert_same(found, wanted, *, exact, dtype, least=0.0):
     """States and parameters agree: in every bit, or to some units in the last place."""
-    rtol = 0 if exact else {"float32": 2e-6, "float64": 1e-12, "bfloat16": 1.6e-2}[dtype]
+    rtol = 0 if exact else {"float32": 5e-6, "float64": 1e-12, "bfloat16": 1.6e-2}[dtype]
     for after, before in zip(found, wanted, strict=True):
         assert after.keys() == before.keys()
         for name in before:
@@ -112,7 +112,7 @@ def without_compiler(monkeypatch):
 def is_exact(rule, library):
     """Whether a rule is made of arithmetic, and of roots where the library's are exact."""
     measured = rule.law == "measured"
-    return not measured and (library == "numpy" or not re.search(r"Ada|Adam|RMS|Belief", repr(rule)))
+    return not measured and (library == "numpy" or not re.search(r"Ad|AMS|RMS", repr(rule)))
 
 
 @VERBS
@@ -128,6 +128,8 @@ def test_blocks_give_what_the_rule_gives(without_compiler, name, row, rule, libr
 @pytest.mark.parametrize(("name", "row", "rule"), LAWFUL, ids=IDS)
 def test_blocks_in_other_precisions(without_compiler, name, row, rule, library, dtype):
     model, grads = problem(library, dtype)
+    if "MixedPrecision" in repr(rule) and dtype == "float64":
+        dtype = "float32"  # the dtype of its master copy
     assert_same(run(rule, model, grads, opt.update_), by_itself(rule, model, grads), exact=False, dtype=dtype, least=1e-14)
 
 
@@ -176,7 +178,7 @@ def test_every_element_is_in_one_block(seed, monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Counts what is launched: calls that make no view and no empty tensor. Arrays are not held by group inside."""
+    """Counts what is launched: calls that make no view and no empty tensor."""
 
     def __init__(self):
         super().__init__()
@@ -192,8 +194,7 @@ class Watch(TorchDispatchMode):
 def far(monkeypatch):
     """Tensors on the host are stepped as if they lay on another device."""
     monkeypatch.setattr(packed, "is_far", lambda x: True)
-    with Watch() as watch:
-        yield watch
+    monkeypatch.setattr(held, "_key", lambda entry, x: None)
 
 
 @VERBS
@@ -206,7 +207,9 @@ def test_packed_gives_what_the_rule_gives(far, name, row, rule, dtype, verb):
     assert_same(found, by_itself(rule, model, grads), exact=exact, dtype=dtype, least=1e-14)
 
 
-@pytest.mark.parametrize("rule", [opt.AdamW(), opt.NormGrowthCap(), opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam())], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [opt.AdamW(), opt.NormGrowthCap(), opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam())], ids=repr
+)
 def test_half_precision_with_float16_moments(far, rule):
     model, grads = problem("torch", "float16")
     found, wanted = run(rule, model, grads, opt.update_), by_itself(rule, model, grads)
@@ -294,14 +297,14 @@ def packed_rules(rule):
 
 
 @VERBS
-@pytest.mark.parametrize(("rule", "checks"), quiet_rules())
+@pytest.mark.parametrize(("rule", "checks"), list(quiet_rules()))
 def test_a_step_reads_once_if_it_checks_and_else_never(far, reads, rule, checks, verb):
     model, grads = problem("torch", "float32", absent=False, shapes=((3, 4), (5,), (7,), (300,)))
     state = opt.setup(rule, model)
     for given in grads:
         reads.clear()
         state, model = verb(state, model, given)
-        assert reads.total() == (1 if checks or isinstance(rule, opt.GradNormControl) and rule.throw else 0), reads
+        assert reads.total() == bool(checks), reads
 
 
 def test_skipping_reads_once(far, reads):
@@ -398,7 +401,7 @@ def test_results_share_no_memory(far, verb):
 
 
 def test_in_place_memory_stays_and_versions_count(far):
-    model, grads = problem("torch", "float32", absent=False)
+    model, grads = problem("torch", "float32", absent=False, shapes=((3, 4), (5,), (300, 3)))
     state = opt.setup(opt.OptimiserChain(opt.NormGrowthCap(), opt.AdamW()), model)
     before = {name: (x, x._version) for name, x in model.items()}
     moments = [leaf for entry in state._entries for leaf in state_leaves(entry.state) if kind(leaf)]
@@ -458,10 +461,10 @@ def test_a_skipped_step(far, verb):
 def test_what_is_not_packed(far):
     """Complex arrays, transforms and graphs go their own way."""
     x, dx = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
-    state, new = opt.update(opt.setup(opt.Adam(), [x]), [x], [dx])
+    _, new = opt.update(opt.setup(opt.Adam(), [x]), [x], [dx])
     assert new[0].requires_grad
     z = torch.randn(3, dtype=torch.complex64)
-    state, new = opt.update(opt.setup(opt.Adam(), [z]), [z], [z])
+    _, new = opt.update(opt.setup(opt.Adam(), [z]), [z], [z])
     assert new[0].dtype is torch.complex64
 
 
@@ -512,7 +515,7 @@ def test_a_gpu_gives_what_the_host_gives(name, row, rule):
     model, grads = problem("torch", "float32")
     on_gpu = {k: x.cuda() for k, x in model.items()}
     gpu_grads = [{k: None if dx is None else dx.cuda() for k, dx in given.items()} for given in grads]
-    states, new = run(rule, on_gpu, gpu_grads, opt.update_)
+    _, new = run(rule, on_gpu, gpu_grads, opt.update_)
     wanted = by_itself(rule, model, grads)
     for k, x in wanted[1].items():
         torch.testing.assert_close(new[k].cpu(), x, rtol=1e-5, atol=1e-6)

@@ -21,7 +21,14 @@ BLOCK = 2**16
 """Elements of a block. With the dozen registers that a rule needs it fills a second-level cache."""
 _GATHERED = 2**12  # arrays of at most so many elements share blocks
 
-_DTYPES = {"float32": np.float32, "float64": np.float64, "host": np.float64, "int": np.float64, "bool": np.bool_, "bfloat16": np.uint16}
+_DTYPES = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "host": np.float64,
+    "int": np.float64,
+    "bool": np.bool_,
+    "bfloat16": np.uint16,
+}
 
 
 def _where(condition: Any, a: Any, b: Any, out: Vector) -> None:
@@ -93,7 +100,10 @@ class Sheet:
         self._write(order)
         self.sums = [self._place[id(node.args[0])] for node in this.reductions]
         self.joins = [_JOIN[node.op] for node in this.reductions]
-        self.read = sorted({a for step in self.steps for a in step.arguments if a < len(self.columns)} | {s for s in self.sums if s < len(self.columns)})
+        self.read = sorted(
+            {a for step in self.steps for a in step.arguments if a < len(self.columns)}
+            | {s for s in self.sums if s < len(self.columns)}
+        )
 
     def _write(self, order: list[Traced]) -> None:
         loads = [node for node in order if node.op == "load"]
@@ -105,7 +115,7 @@ class Sheet:
             last.update({id(arg): k for arg in node.args})
         last.update({key: len(calls) for key in borrowed})
         kept = {id(node) for _, node in self.this.stores} | {id(node.args[0]) for node in self.this.reductions}
-        targets = self._direct(calls, last)
+        targets = self._direct(calls)
         for node in borrowed.values():  # a new value that is an array given: copied before anything is overwritten
             place = self._register(node.dtype)
             self.steps.append(Step(_cast, (self._place[id(node)],), place))
@@ -127,14 +137,11 @@ class Sheet:
             if value != len(self.columns) + k:
                 self.copies.append((value, len(self.columns) + k))
 
-    def _direct(self, calls: list[Traced], last: dict[int, int]) -> dict[int, int]:
+    def _direct(self, calls: list[Traced]) -> dict[int, int]:
         """Which values may be written where they are to go at once: nothing there, or of the gradient, is read later."""
         reads: dict[str, int] = {}
         for k, node in enumerate(calls):
             reads.update({arg.value: k for arg in node.args if arg.op == "load"})
-        for _, node in self.this.stores:
-            if node.op == "load":
-                reads[node.value] = -1 if node.value not in reads else reads[node.value]
         position = {id(node): k for k, node in enumerate(calls)}
         found: dict[int, int] = {}
         for k, (name, node) in enumerate(self.this.stores):

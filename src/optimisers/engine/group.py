@@ -247,6 +247,7 @@ def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
 
 
 def hyper_of(rules: Sequence[AbstractRule]) -> Vector:
+    """The numbers in the fields of rules of one structure, a row each."""
     rows: dict[int, list[float]] = {}
     for rule in rules:
         if id(rule) not in rows:

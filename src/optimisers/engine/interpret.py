@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,17 @@ class Run:
     Args:
         script: the program.
         matrix: its numbers on the host, a row for each array.
-        arrays: for each array that it reads, by name, those of all parameters; of several dtypes none.
+        arrays: for each array that it reads, by name, those of all parameters.
         scalars: likewise for the numbers of the state on the device.
 
     """
 
     def __init__(
-        self, script: Script, matrix: Any, arrays: dict[str, Sequence[torch.Tensor]], scalars: dict[str, Sequence[torch.Tensor]]
+        self,
+        script: Script,
+        matrix: Any,
+        arrays: Mapping[str, Sequence[torch.Tensor]],
+        scalars: Mapping[str, Sequence[torch.Tensor]],
     ) -> None:
         self.script, self.program, self.arrays, self.scalars = script, script.program, arrays, scalars
         self.like = arrays["x"][0]
@@ -114,20 +118,21 @@ class Run:
             self._values.update({id(node): row.to(_dtype(node)) for node, row in zip(differing, rows, strict=True)})
         return bool(differing)
 
-    def number(self, node: Traced) -> torch.Tensor:
+    def number(self, node: Traced) -> Any:
         """A number for each array, as a vector on the device."""
         value = self.value(node)
         if isinstance(value, torch.Tensor):
             return value.reshape(-1).expand(self.count)
         return torch.full((self.count,), value, dtype=_dtype(node), device=self.like.device)
 
-    def elements(self, node: Traced) -> torch.Tensor:
+    def elements(self, node: Traced) -> Any:
         """An array of new values, packed; not one that was given."""
         value = self.value(node)
         self._done(node)
         if self.count == 1 and any(value is array for (array, *_) in self.arrays.values()):
             return value.clone()
-        return value.expand(tuple(self.layout.shape(self.like)))
+        shape = tuple(self.layout.shape(self.like.shape))
+        return value if tuple(value.shape) == shape else value.expand(shape)
 
     def value(self, node: Traced) -> Any:
         """A value of the graph: a tensor, or a Python number where the host knows it and it is the same for all arrays."""
@@ -173,7 +178,7 @@ class Run:
         if node.op == "cast":
             return args[0].to(_dtype(node))
         if node.op == "fill":
-            shape = self.layout.shape(self.like)
+            shape = self.layout.shape(self.like.shape)
             return args[0].expand(shape) if isinstance(args[0], torch.Tensor) else self._full(shape, args[0], _dtype(node))
         if node.op == "where":
             condition, a, b = args

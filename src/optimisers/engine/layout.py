@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ WIDTH = 256
 _FAN = 64  # row sums that are added at a time
 
 _NEUTRAL = {"sum": 0.0, "largest": float("-inf"), "smallest": float("inf")}
-_ACROSS = {"sum": torch.sum, "largest": torch.amax, "smallest": torch.amin}
+_ACROSS: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.sum, "largest": torch.amax, "smallest": torch.amin}
 
 
 class Layout:
@@ -33,9 +33,9 @@ class Layout:
         """Views of the packed array, one for each array: of its shape, or flat in the order in which it lies in memory."""
         return [packed]
 
-    def shape(self, like: torch.Tensor) -> Sequence[int]:
-        """The shape of packed arrays; ``like`` is one of the arrays."""
-        return like.shape
+    def shape(self, own: Sequence[int]) -> Sequence[int]:
+        """The shape of packed arrays; ``own`` is that of the first array."""
+        return own
 
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:
         """A number for each array as one that can be computed with elements."""
@@ -57,13 +57,10 @@ class Line(Layout):
         return torch.cat([flat(array) for array in arrays])
 
     def unpack(self, packed: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.split(packed.contiguous(), self.sizes))
+        return list(torch.split(packed.contiguous(), list(self.sizes)))
 
-    def shape(self, like: torch.Tensor) -> Sequence[int]:
+    def shape(self, own: Sequence[int]) -> Sequence[int]:  # noqa: ARG002 (as above)
         return (sum(self.sizes),)
-
-    def spread(self, numbers: torch.Tensor) -> torch.Tensor:
-        return numbers.reshape(())
 
 
 class Rows(Layout):
@@ -103,7 +100,7 @@ class Rows(Layout):
     def unpack(self, packed: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.split(packed.reshape(-1), self._parts))[::2]
 
-    def shape(self, like: torch.Tensor) -> Sequence[int]:
+    def shape(self, own: Sequence[int]) -> Sequence[int]:  # noqa: ARG002 (as above)
         return (self.rows, WIDTH)
 
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,7 @@ def threads() -> int:
 
 
 def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
+    """Run a function that shares out its work, on as many threads as that is worth."""
     global _pool  # noqa: PLW0603
     others = min(threads() - 1, elements // _ALONE)
     if others <= 0:

@@ -22,7 +22,7 @@ from .group import Group, Variant, hyper_of, inner
 from .group_step import Missed, waits
 from .interpret import Run, Script
 from .layout import flat
-from .program import COMPILED, Boundary, Part
+from .program import Boundary, Part
 from .step import Job, Outcome, Request, Track, beside
 from .trace import filled, nesting, structure_of_rule
 
@@ -124,7 +124,7 @@ class Bucket(Group):
     """Parameters that one kind of rule steps, on one device, described as a `Group` is: half precision as float32."""
 
     def __init__(self, key: Any, jobs: Sequence[Job]) -> None:
-        structure, nested, form, dtype, dx_dtype, _ = key
+        structure, nested, form, dtype, _, _ = key
         wide = tuple(Part(part.form, working_dtype(part.dtype) if part.form == "array" else part.dtype) for part in form)
         self.kept, self.form = form, wide
         self.structure, self.nesting, self.dtype, self.library = structure, nested, working_dtype(dtype), "torch"
@@ -154,11 +154,12 @@ def _tracks(key: Any, items: list[Item], *, in_place: bool) -> Iterator[Packed]:
 
 
 def _script(variant: Variant, scalars: frozenset[str]) -> Script:
-    if scalars not in variant.scripts:
-        variant.scripts[scalars] = Script(variant.program, scalars)
-    if variant.scripts[scalars].decides_by_scalars():
+    script: Script | None = variant.scripts.get(scalars)
+    if script is None:
+        script = variant.scripts[scalars] = Script(variant.program, scalars)
+    if script.decides_by_scalars():
         raise Untraceable("it decides by numbers that lie on a device")
-    return variant.scripts[scalars]
+    return script
 
 
 def _portions(members: Any, sizes: Any) -> Iterator[Any]:
@@ -180,7 +181,7 @@ def _part(tracks: Sequence[Packed]) -> None:
 
 
 def _memory(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 class Packed(Track):
@@ -284,8 +285,7 @@ class Packed(Track):
         self._run = None
         template = self.group.template
         return {
-            slot: Outcome(filled(template, iter(row)), x)
-            for slot, row, x in zip(self.slots, new_leaves, new_xs, strict=True)
+            slot: Outcome(filled(template, iter(row)), x) for slot, row, x in zip(self.slots, new_leaves, new_xs, strict=True)
         }
 
     def _numbers(self, run: Run, leaves: list[list[Any]]) -> dict[int, list[Any]]:

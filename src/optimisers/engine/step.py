@@ -187,6 +187,7 @@ def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+    """A combined measure as a rule for x computes with it."""
     if kind(x) != "torch":
         return tuple(v.item() if kind(v) == "torch" else v for v in measure)  # a tree of both kinds
     return tuple(v.to(x.device) if kind(v) == "torch" else v for v in measure)
