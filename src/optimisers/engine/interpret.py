@@ -18,7 +18,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg, "abs": abs,
     "sqrt": torch.sqrt, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "pow": torch.pow, "max": maximum,
     "min": minimum, "sign": sign, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq,
-    "ne": operator.ne, "and": operator.and_, "or": operator.or_, "not": operator.invert, "isnan": torch.isnan,
+    "ne": operator.ne, "and": operator.and_, "or": operator.or_, "not": torch.logical_not, "isnan": torch.isnan,
     "isfinite": torch.isfinite,
 }  # fmt: skip
 
@@ -112,7 +112,7 @@ class Run:
             else:
                 differing.append(node)
         if differing:
-            table = torch.from_numpy(np.stack([self.host[id(node)].astype(np.float64) for node in differing]))
+            table = torch.tensor([self.host[id(node)].tolist() for node in differing], dtype=torch.float64)
             device = self.like.device
             rows = table.to(device, non_blocking=device.type == "cuda").unbind()
             self._values.update({id(node): row.to(_dtype(node)) for node, row in zip(differing, rows, strict=True)})

@@ -85,7 +85,7 @@ class Rows(Layout):
     def _tables(self, device: torch.device) -> list[torch.Tensor]:
         """What tells where arrays are, on the device; copied there once."""
         if device not in self._kept:
-            tables = [torch.from_numpy(table).to(device) for table in self._host]
+            tables = [torch.tensor(table.tolist(), device=device) for table in self._host]
             if any(type(table) is not torch.Tensor for table in tables):
                 return tables
             self._kept[device] = tables
@@ -93,7 +93,7 @@ class Rows(Layout):
 
     def pack(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
         zeros = arrays[0].new_zeros(WIDTH)
-        pads = {pad: zeros[:pad] for pad in set(self.pads)}
+        pads = {pad: zeros.narrow(0, 0, pad) for pad in set(self.pads)}
         pieces = chain.from_iterable((flat(array), pads[pad]) for array, pad in zip(arrays, self.pads, strict=True))
         return torch.cat(list(pieces)).view(self.rows, WIDTH)
 

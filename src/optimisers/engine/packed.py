@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, working_dtype
-from ..arrays._torch import is_transformed
+from ..arrays._torch import in_transform
 from ..rules._precision import state_leaves, usable_in_float16
 from .dense import is_dense
 from .group import Group, Variant, hyper_of, inner
@@ -51,7 +51,7 @@ def pack(jobs: dict[int, Job], *, in_place: bool) -> tuple[list[Packed], dict[in
 
     With ``in_place`` they will write to the memory of parameters and states.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_transform():
         return [], jobs
     found: defaultdict[Any, list[Item]] = defaultdict(list)
     structures: dict[int, Any] = {}
@@ -115,7 +115,7 @@ def _key(item: Item, structures: dict[int, Any]) -> Any:
 
 def _strides(x: torch.Tensor) -> Any:
     """The strides of a tensor; None for one that is not what it seems, or not of real numbers."""
-    if type(x) not in _CLASSES or x.layout is not torch.strided or is_transformed(x) or x.is_neg():
+    if type(x) not in _CLASSES or x.layout is not torch.strided or x.is_neg():
         return None
     return x.stride() if dtype_name(x) in FLOATS else None
 
