@@ -421,6 +421,20 @@ def test_a_pure_step_keeps_what_it_was_given(far):
         assert all(torch.equal(a, b) for a, b in zip(moments_of(state), kept[1], strict=True))
 
 
+@pytest.mark.parametrize("first", [opt.AccumGrad(2), opt.SkipNonFinite()], ids=["AccumGrad", "SkipNonFinite"])
+def test_a_step_in_place_leaves_older_states_alone(far, first):
+    model, grads = problem("torch", "float32", absent=False)
+    start = opt.setup(opt.OptimiserChain(first, opt.Adam()), model)
+    start, model = opt.update(start, model, grads[0])
+    start, model = opt.update(start, model, grads[0])
+    idle = {name: torch.full_like(dx, float("inf")) for name, dx in grads[1].items()}
+    kept = [copied(v) for v in moments_of(start)]
+    state, model = opt.update(start, model, idle)  # moments do not change
+    for given in grads[1:]:
+        state, model = opt.update_(state, model, given)
+    assert all(torch.equal(a, b) for a, b in zip(moments_of(start), kept, strict=True))
+
+
 def moments_of(state):
     return [leaf for entry in state._entries for leaf in state_leaves(entry.state) if kind(leaf)]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Untraceable, address, kind, torch_if_loaded
+from ..arrays import Untraceable, address, copied, kind, torch_if_loaded
 from ..errors import TieError
-from ..rules._precision import state_leaves
+from ..rules._precision import map_state, state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree
 from .dense import element_strides, is_plain
@@ -53,7 +53,7 @@ def advance(
     """
     held = tree._held if isinstance(tree._held, Held) else None
     graph = _wants_graph(tree, held, xs, dxs, differentiable=differentiable)
-    packs = not graph and torch_if_loaded() is not None
+    packs = not graph and _may_pack()
     if not graph and _is_ordinary():
         planned = _planned(tree, held, xs)
         planned.plan.steps += 1
@@ -230,9 +230,16 @@ def after(entry: Entry, outcome: Outcome | None, lease: Lease, *, consume: bool)
     if outcome is None:
         return entry.replace(lease=lease) if consume else entry
     numbers = numbers_in(outcome.state)
-    return entry.replace(
-        state=outcome.state, numbers=entry.numbers if len(numbers) == len(entry.numbers) else numbers, lease=lease
-    )
+    state = outcome.state if consume else _apart(outcome.state, entry.state)
+    return entry.replace(state=state, numbers=entry.numbers if len(numbers) == len(entry.numbers) else numbers, lease=lease)
+
+
+def _apart(state: Any, old: Any) -> Any:
+    """A new state without the arrays of the old one: a step in place may write to it later, and the old one is to stay."""
+    given = {id(leaf) for leaf in state_leaves(old) if kind(leaf)}
+    if given.isdisjoint(map(id, state_leaves(state))):
+        return state
+    return map_state(lambda leaf: copied(leaf) if id(leaf) in given else leaf, state)
 
 
 def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
@@ -290,6 +297,15 @@ def _is_ordinary() -> bool:
     from ..arrays import _torch
 
     return _torch.is_ordinary()
+
+
+def _may_pack() -> bool:
+    """Whether tensors may be stepped together: not in a trace or a transform. Dispatch modes see what is done to all."""
+    if torch_if_loaded() is None:
+        return False
+    from ..arrays import _torch
+
+    return _torch.is_eager()
 
 
 def _wants_graph(

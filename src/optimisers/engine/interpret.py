@@ -52,6 +52,7 @@ class Script:
             self.uses[id(node)] += 1
             visit(node)
         self.known = list(known.values())
+        self.loads = [node for node in seen.values() if node.op == "load"]
         self.tape = Tape(self.known, program.columns)
         self.by_rows = bool(sums or scalars)
 
@@ -133,6 +134,11 @@ class Run:
             return value.clone()
         shape = tuple(self.layout.shape(self.like.shape))
         return value if tuple(value.shape) == shape else value.expand(shape)
+
+    def forget_given(self) -> None:
+        """Let go of what was packed, to be packed again where it is needed once more."""
+        for node in [node for node in self.script.loads if self.count > 1]:
+            self._values.pop(id(node), None)
 
     def value(self, node: Traced) -> Any:
         """A value of the graph: a tensor, or a Python number where the host knows it and it is the same for all arrays."""

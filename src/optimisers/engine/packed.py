@@ -15,7 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, working_dtype
-from ..arrays._torch import in_transform
 from ..rules._precision import state_leaves, usable_in_float16
 from .dense import is_dense
 from .group import Group, Variant, hyper_of, inner
@@ -51,8 +50,6 @@ def pack(jobs: dict[int, Job], *, in_place: bool) -> tuple[list[Packed], dict[in
 
     With ``in_place`` they will write to the memory of parameters and states.
     """
-    if torch.compiler.is_compiling() or in_transform():
-        return [], jobs
     found: defaultdict[Any, list[Item]] = defaultdict(list)
     structures: dict[int, Any] = {}
     for i, job in jobs.items():
@@ -245,8 +242,15 @@ class Packed(Track):
                 if rule.checks:
                     self._checked.append((boundary, values))
                 if boundary.names is not None:
+                    self._rest(run)
                     return Request(rule, list(zip(*(value.unbind() for value in values), strict=True)))
+        self._rest(run)
         return None
+
+    def _rest(self, run: Run) -> None:
+        """While others are on their way, large arrays are not held twice."""
+        if sum(job.x.numel() for job in self.jobs) > LIMIT // 2:
+            run.forget_given()
 
     def _check_guards(self, run: Run) -> None:
         """Raise Missed unless what was decided from measures still holds; rules that do so read them from the device."""
@@ -279,6 +283,12 @@ class Packed(Track):
             else:
                 for row, value in zip(new_leaves, new, strict=True):
                     row[int(name[1:])] = value
+        if not self.in_place:  # what is unchanged is copied: a step in place may write to it later, but not to the old state
+            written = {name for name, _ in stores}
+            for i in (i for i in self.group.arrays if f"s{i}" not in written):
+                old = [row[i] for row in leaves]
+                for row, value in zip(new_leaves, _written(old, old, in_place=False), strict=True):
+                    row[i] = value
         for i, values in numbers.items():
             for row, value in zip(new_leaves, values, strict=True):
                 row[i] = value
