@@ -19,6 +19,14 @@ def loops_directory(tmp_path_factory):
 
 @pytest.fixture
 def switch(monkeypatch, loops_directory):
-    """Says whether loops are compiled: ``switch("1")`` always, ``switch("0")`` never."""
+    """Says how steps are run: ``"1"`` by compiled loops, ``"0"`` by NumPy's, ``"rules"`` by the rules themselves."""
+    from optimisers.engine import held
+
     monkeypatch.setenv("OPTIMISERS_CACHE", str(loops_directory))
-    return lambda value: monkeypatch.setenv("OPTIMISERS_COMPILE", value)
+    group_key = held._key
+
+    def turn(value):
+        monkeypatch.setenv("OPTIMISERS_COMPILE", "0" if value == "rules" else value)
+        monkeypatch.setattr(held, "_key", (lambda *_: None) if value == "rules" else group_key)
+
+    return turn

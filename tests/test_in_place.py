@@ -81,14 +81,14 @@ ZEROS = {}
 @LIBRARIES
 def test_one_array_at_two_places_of_a_state(lib, switch):
     found = []
-    for value in ("0", "1"):
+    for value in ("rules", "0", "1"):
         switch(value)
         model = arrays(lib, shapes={"a": (5,), "b": (5,)})
         state = opt.setup(Twins(), model)
         for step in range(3):
             state, model = opt.update_(state, model, arrays(lib, step, {"a": (5,), "b": (5,)}))
         found.append(raw([state, model]))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert all((x == 0).all() for x in ZEROS.values())
 
 

@@ -106,8 +106,8 @@ def detached(x: Array) -> Array:
 
 
 def copied(x: Array) -> Array:
-    """x in memory of its own."""
-    return x.copy() if isinstance(x, np.ndarray) else x.clone()
+    """x in memory of its own, laid out as x is."""
+    return x.copy(order="K") if isinstance(x, np.ndarray) else x.clone()
 
 
 def host_int(value: Array, what: str) -> int:

@@ -18,11 +18,14 @@ def is_transformed(x: torch.Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(x))
 
 
+def is_eager() -> bool:
+    """Whether no torch.func transform and no trace is active."""
+    return not torch.compiler.is_compiling() and _functorch.maybe_current_level() is None
+
+
 def is_ordinary() -> bool:
     """Whether tensors are what they seem here: no torch.func transform, no trace and no dispatch mode is active."""
-    if torch.compiler.is_compiling():
-        return False
-    return _functorch.maybe_current_level() is None and torch._C._len_torch_dispatch_stack() == 0
+    return is_eager() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def is_concrete(x: torch.Tensor) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Untraceable, address, is_recording, kind, torch_if_loaded
+from ..arrays import Untraceable, address, copied, is_recording, kind, torch_if_loaded
 from ..errors import TieError
-from ..rules._precision import state_leaves
+from ..rules._precision import map_state, state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree, rebuilt
 from .dense import element_strides, is_loopable
 from .group_step import GroupStep, Missed
 from .held import Held, Lineage, grouped
 from .step import Job, Outcome, Single, quiet, run
+
+if TYPE_CHECKING:
+    from .packed import Packed
 
 
 class Stepped(NamedTuple):
@@ -50,39 +53,55 @@ def advance(
     """
     held = tree._held if isinstance(tree._held, Held) else None
     graph = _wants_graph(tree, held, xs, dxs, differentiable=differentiable)
+    packs = not graph and _may_pack()
     if not graph and _is_ordinary():
         planned = _planned(tree, held, xs)
         planned.lineage.steps += 1
         while planned.generations:
             usual = regular if planned is held else [False] * len(planned.generations)
             try:
-                return _by_groups(tree, planned, xs, dxs, usual, in_place=in_place)
+                return _by_groups(tree, planned, xs, dxs, usual, in_place=in_place, packs=packs)
             except _Refused as refused:
                 planned.lineage.refused.add(refused.key)
                 planned = grouped(tree._entries, xs, planned.lineage, tree._slots)
             except Missed:
-                planned = planned.dissolved()
+                planned, packs = planned.dissolved(), False
         held = planned
     else:
         held = None
-    return _by_rules(tree, held, xs, dxs, in_place=in_place, graph=graph)
+    try:
+        return _by_rules(tree, held, xs, dxs, in_place=in_place, graph=graph, packs=packs)
+    except Missed:
+        return _by_rules(tree, held, xs, dxs, in_place=in_place, graph=graph, packs=False)
+
+
+def _packed(jobs: dict[int, Job], *, packs: bool, in_place: bool) -> tuple[Sequence[Packed], dict[int, Job]]:
+    """Jobs on other devices as tracks that step many, and those that are left."""
+    if not packs or not jobs:
+        return [], jobs
+    from .packed import pack
+
+    return pack(jobs, in_place=in_place)
 
 
 def _by_rules(
-    tree: StateTree, held: Held | None, xs: Sequence[Any], dxs: Sequence[Any], *, in_place: bool, graph: bool
+    tree: StateTree, held: Held | None, xs: Sequence[Any], dxs: Sequence[Any], *, in_place: bool, graph: bool, packs: bool
 ) -> Stepped:
-    """A step in which every parameter is stepped by its rule itself."""
+    """A step in which nothing is held by group."""
     entries = tree._entries
     jobs = jobs_of(tree, entries, xs, dxs, range(len(xs)))
     if in_place:
         _refuse_shared([(job.path, job.x) for job in jobs.values()])
     with _mode(jobs, graph=graph), quiet(list(jobs.values())):
+        packed, jobs = _packed(jobs, packs=packs, in_place=in_place)
         singles = {i: Single(job) for i, job in jobs.items()}
-        run(list(singles.values()))
+        run([*singles.values(), *packed])
         outcomes = {i: single.outcome() for i, single in singles.items()}
-    if in_place:
-        for entry in entries:
-            entry.lease.ended = True
+        if in_place:
+            for entry in entries:
+                entry.lease.ended = True
+        for track in packed:
+            outcomes.update(track.commit())
     lease = Lease()
     new = [after(entry, outcomes.get(i), lease, consume=in_place) for i, entry in enumerate(entries)]
     values = {i: out.x for i, out in outcomes.items() if out.x is not None}
@@ -98,15 +117,15 @@ class _Refused(Exception):  # noqa: N818 (a signal)
 
 
 def _by_groups(
-    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
+    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool, packs: bool
 ) -> Stepped:
     """As `_stepped_by_groups`, with NumPy's warnings off: overflow and division by zero give inf and NaN, as in loops."""
     with np.errstate(all="ignore"):
-        return _stepped_by_groups(tree, held, xs, dxs, regular, in_place=in_place)
+        return _stepped_by_groups(tree, held, xs, dxs, regular, in_place=in_place, packs=packs)
 
 
 def _stepped_by_groups(
-    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool
+    tree: StateTree, held: Held, xs: Sequence[Any], dxs: Sequence[Any], regular: Sequence[bool], *, in_place: bool, packs: bool
 ) -> Stepped:
     """A step without a graph, of a state of which at least a part is held by group."""
     odd: dict[int, list[int]] = {}
@@ -133,9 +152,10 @@ def _stepped_by_groups(
     jobs = jobs_of(tree, entries, xs, dxs, aside)
     if in_place:
         _part(held.lineage, list(steps.values()), jobs)
-    singles = {i: Single(job) for i, job in jobs.items()}
     with _mode(jobs, graph=False):
-        run([*singles.values(), *(track for step in steps.values() for track in step.tracks)])
+        packed, jobs = _packed(jobs, packs=packs, in_place=in_place)
+        singles = {i: Single(job) for i, job in jobs.items()}
+        run([*singles.values(), *packed, *(track for step in steps.values() for track in step.tracks)])
         outcomes = {i: single.outcome() for i, single in singles.items()}
     # From here on nothing can fail, and memory is written.
     lease = Lease()
@@ -144,6 +164,9 @@ def _stepped_by_groups(
             old.ended = True
         for i in held.loose:
             entries[i].lease.ended = True
+    if packed:
+        with _mode(packed, graph=False):
+            outcomes.update({i: outcome for track in packed for i, outcome in track.commit().items()})
     values: dict[int, Any] = {}
     generations = []
     whole = True
@@ -215,9 +238,16 @@ def after(entry: Entry, outcome: Outcome | None, lease: Lease, *, consume: bool)
     if outcome is None:
         return entry.replace(lease=lease) if consume else entry
     numbers = numbers_in(outcome.state)
-    return entry.replace(
-        state=outcome.state, numbers=entry.numbers if len(numbers) == len(entry.numbers) else numbers, lease=lease
-    )
+    state = outcome.state if consume else _apart(outcome.state, entry.state)
+    return entry.replace(state=state, numbers=entry.numbers if len(numbers) == len(entry.numbers) else numbers, lease=lease)
+
+
+def _apart(state: Any, old: Any) -> Any:
+    """A new state without the arrays of the old one: a step in place may write to it later, and the old one is to stay."""
+    given = {id(leaf) for leaf in state_leaves(old) if kind(leaf)}
+    if given.isdisjoint(map(id, state_leaves(state))):
+        return state
+    return map_state(lambda leaf: copied(leaf) if id(leaf) in given else leaf, state)
 
 
 def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
@@ -276,6 +306,15 @@ def _is_ordinary() -> bool:
     from ..arrays import _torch
 
     return _torch.is_ordinary()
+
+
+def _may_pack() -> bool:
+    """Whether tensors may be stepped together: not in a trace or a transform. Dispatch modes see what is done to all."""
+    if torch_if_loaded() is None:
+        return False
+    from ..arrays import _torch
+
+    return _torch.is_eager()
 
 
 def _wants_graph(

@@ -29,7 +29,10 @@ compilations = 0
 
 
 def switch() -> str:
-    """``OPTIMISERS_COMPILE``: ``"auto"`` (the default), ``"0"`` never, ``"1"`` always, however small the arrays are."""
+    """``OPTIMISERS_COMPILE``: ``"auto"`` (the default), ``"0"`` never, ``"1"`` always, however small the arrays are.
+
+    What is not compiled is run by NumPy, block by block.
+    """
     return os.environ.get("OPTIMISERS_COMPILE", "auto")
 
 

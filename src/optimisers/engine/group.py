@@ -14,6 +14,7 @@ from ..errors import CompileWarning, locating
 from ..rules._base import AbstractRule
 from ..rules._precision import state_leaves
 from . import build
+from .blocks import Blocks
 from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strides, is_compiled_dtype
 from .loops import Loops, Table, table
 from .memory import Layout
@@ -44,8 +45,15 @@ class Variant:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.loops: Loops | None = None
-        self.misses = 0
+        self._made: dict[bool, Loops | Blocks] = {}
+        self.scripts: dict[frozenset[str], Any] = {}
+
+    def loops(self) -> Loops | Blocks:
+        """The loops, made when they are asked for first."""
+        compiled = build.switch() != "0"
+        if compiled not in self._made:
+            self._made[compiled] = Loops.of(self.program)
+        return self._made[compiled]
 
 
 _variants: defaultdict[Any, list[Variant]] = defaultdict(list)
@@ -73,7 +81,7 @@ class Group:
         self.paths = paths
         self.structure, self.nesting, self.form, self.dtype, self.library = key
         self.rules = rules
-        self.hyper = _hyper(rules)
+        self.hyper = hyper_of(rules)
         # Without its arrays, which would be kept alive.
         self.template = filled(template, iter(leaf if is_number(leaf) else 0 for leaf in state_leaves(template)))
         self.shapes = [tuple(x.shape) for x in xs]
@@ -98,7 +106,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper = rules, _hyper(rules)
+        new.rules, new.hyper = rules, hyper_of(rules)
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -261,7 +269,8 @@ def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
         warnings.warn(msg, CompileWarning, stacklevel=2)
 
 
-def _hyper(rules: Sequence[AbstractRule]) -> Vector:
+def hyper_of(rules: Sequence[AbstractRule]) -> Vector:
+    """The numbers in the fields of rules of one structure, a row each."""
     rows: dict[int, list[float]] = {}
     for rule in rules:
         if id(rule) not in rows:

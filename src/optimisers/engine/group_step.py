@@ -15,7 +15,6 @@ from ..tree.entry import Lease
 from .dense import Vector, addresses_of, element_strides, is_loopable
 from .group import Columns, Group, Variant, inner
 from .held import Generation
-from .loops import Loops
 from .memory import SMALL, Column, Pool
 from .program import COMPILED, Boundary, Program
 from .source import pointer_names
@@ -183,11 +182,7 @@ class GroupTrack(Track):
         # Not the step itself: a cycle would keep the old parameters alive, and their memory from being used again.
         self.group, (self.x_addresses, self.dx_addresses, self.s_addresses) = group, addresses
         self.variant, self.program, self.members, self.matrix = variant, variant.program, members, matrix
-        if variant.loops is None:
-            variant.loops = Loops.of(self.program)
-            if variant.loops is None:
-                raise Untraceable("loops cannot be compiled")
-        self.loops: Loops = variant.loops
+        self.loops = variant.loops()
         self.rule = self.group.rules[int(members[0])]
         self.passed = Counter()
         self.work = self.group.work(members)
@@ -246,7 +241,7 @@ class GroupTrack(Track):
     def _check_guards(self) -> None:
         """Raise Missed unless what was decided from measures still holds."""
         if self.program.late:
-            known = [(node, value) for node, value in self.program.late if not _waits(node, self.program, self._asked)]
+            known = [(node, value) for node, value in self.program.late if not waits(node, self.program, self._asked)]
             found = self._run(Tape([node for node, _ in known], self.program.columns))
             if any((value != expected).any() for value, (_, expected) in zip(found, known, strict=True)):
                 raise Missed
@@ -289,10 +284,10 @@ class GroupTrack(Track):
                 counters[self.members, k] = values[f"c{i}"]
 
 
-def _waits(node: Traced, program: Program, asked: int) -> bool:
+def waits(node: Traced, program: Program, asked: int) -> bool:
     """Whether a number depends on a measure that is yet to be combined."""
     ahead = {name for boundary in program.boundaries[asked:] for name in boundary.names or ()}
-    return (node.op == "number" and node.value in ahead) or any(_waits(arg, program, asked) for arg in node.args)
+    return (node.op == "number" and node.value in ahead) or any(waits(arg, program, asked) for arg in node.args)
 
 
 def _native(group: Group, name: str) -> Any:

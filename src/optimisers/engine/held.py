@@ -226,14 +226,14 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
     pending = False
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
-        key = None if mode == "0" else _key(entry, x)
+        key = _key(entry, x)
         if key is not None and key not in lineage.refused:
             found[key].append(i)
     for key, slots in found.items():
         rules: list[Any] = [entries[i].rule for i in slots]
         paths = [slots_of[i].path or "(the array)" for i in slots]
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
-        if mode == "auto" and int(group.sizes.sum()) < COMPILE_FROM:
+        if mode == "auto" and build.compiler() is not None and int(group.sizes.sum()) < COMPILE_FROM:
             if lineage.steps < lineage.again:
                 pending = True
                 continue

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import torch_if_loaded
 from . import build
+from .blocks import Blocks
 from .program import Program
 from .source import all_passes, source
 
@@ -72,10 +73,10 @@ class Loops:
         self._apart = _function(library, "pass_apart") if program.last.stores else None
 
     @staticmethod
-    def of(program: Program) -> Loops | None:
-        """The loops of a program; None, with one warning in a process, if they cannot be compiled."""
-        library = build.built(source(program))
-        return None if library is None else Loops(program, library)
+    def of(program: Program) -> Loops | Blocks:
+        """The loops of a program; run by NumPy if they are not to be compiled or, with one warning in a process, cannot be."""
+        library = None if build.switch() == "0" else build.built(source(program))
+        return Blocks(program) if library is None else Loops(program, library)
 
     def run(self, index: int, work: Table, pointers: Any, numbers: Any, *, apart: bool = False) -> list[Any]:
         """Run a pass. For each number that it sums up: the values for the arrays of the work, in order.
@@ -96,7 +97,7 @@ class Loops:
             address(numbers),
             None if sums is None else address(sums),
         )
-        _on_threads(function, arguments, work.elements)
+        on_threads(function, arguments, work.elements)
         return [] if sums is None else [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
 
 
@@ -122,7 +123,8 @@ def threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
+def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
+    """Run a function that shares out its work, on as many threads as that is worth."""
     global _pool  # noqa: PLW0603
     others = min(threads() - 1, elements // _ALONE)
     if others <= 0:

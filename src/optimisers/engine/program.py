@@ -83,14 +83,14 @@ class Program:
     dtypes: dict[str, str]
 
     def __post_init__(self) -> None:
-        self.early = [(n, value) for n, value in self.guards if not _depends(n, _MEASURED)]
-        self.late = [(n, value) for n, value in self.guards if _depends(n, _MEASURED)]
+        self.early = [(n, value) for n, value in self.guards if not _depends(n, MEASURED)]
+        self.late = [(n, value) for n, value in self.guards if _depends(n, MEASURED)]
         self.counting = Tape(list(self.numbers.values()), self.columns)
         self.measuring = [Tape(boundary.values, self.columns) for boundary in self.boundaries]
         self.deciding = Tape([node for node, _ in self.early], self.columns)
 
 
-_MEASURED = re.compile(r"m\d+_\d+")
+MEASURED = re.compile(r"m\d+_\d+")
 
 
 def _depends(node: Traced, names: re.Pattern[str]) -> bool:
@@ -100,7 +100,7 @@ def _depends(node: Traced, names: re.Pattern[str]) -> bool:
 
 # --- from graph to passes -----------------------------------------------------------------------------------------------------
 
-_SUMS = frozenset({"sum", "largest", "smallest"})
+SUMS = frozenset({"sum", "largest", "smallest"})
 
 
 def program_of(
@@ -139,7 +139,7 @@ def _passes(targets: list[Traced], done: dict[int, str], names: list[str]) -> li
         if id(node) in depth:
             return depth[id(node)]
         own = max((visit(arg) for arg in node.args), default=0)
-        if node.op in _SUMS:
+        if node.op in SUMS:
             if id(node) in done:
                 own = 0
             else:

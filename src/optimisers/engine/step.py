@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +63,10 @@ class Track(ABC):
         """Faults that can be told without reading anything from a device."""
         return []
 
+    def to_read(self) -> list[tuple[list[tuple[str, Any]], list[Any]]]:
+        """Measures that are to be checked: (path and rule of each array, for each number of the measure a vector of them)."""
+        return []
+
 
 class Single(Track):
     """One array, stepped by the rule itself."""
@@ -79,7 +84,7 @@ class Single(Track):
 
     def advance(self, answer: Any) -> Request | Together | None:
         if self._measures:
-            answer = _beside(answer, self.job.x)
+            answer = beside(answer, self.job.x)
         self._measures = False
         try:
             with locating(self.job.path):
@@ -168,10 +173,17 @@ def _check(tracks: Sequence[Track]) -> None:
     singles = [track for track in tracks if isinstance(track, Single)]
     checks = [(t.job.path, r) for t in singles for r in t.checks if all(can_read(value) for value in r.value)]
     faults = [fault for track in tracks for fault in track.finite_checks()]
-    for (path, request), values in zip(checks, read_all([r.value for _, r in checks]), strict=True):
-        fault = request.rule.fault(values)
+    vectors = [(at, values) for track in tracks for at, values in track.to_read() if all(map(can_read, values))]
+    measures = [*(r.value for _, r in checks), *(tuple(v for v in values) for _, values in vectors)]
+    read = iter(_numbers([value for measure in measures for value in measure]))
+    found = [(path, r.rule, tuple(next(read)[0] for _ in r.value)) for path, r in checks]
+    for at, values in vectors:
+        rows = zip(*(next(read) for _ in values), strict=True)
+        found += [(path, rule, row) for (path, rule), row in zip(at, rows, strict=True)]
+    for path, rule, numbers in found:
+        fault = rule.fault(numbers)
         if fault is not None:
-            faults.append(f"{type(request.rule).__name__} at {path!r}: {fault}")
+            faults.append(f"{type(rule).__name__} at {path!r}: {fault}")
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         advice = "Nothing was changed. Look at these gradients, skip the step, or set throw=False to let them through"
@@ -189,7 +201,8 @@ def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return [tuple(v.to(first.device) if kind(v) == "torch" else v for v in measure) for measure in measures]
 
 
-def _beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+def beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+    """A combined measure as a rule for x computes with it."""
     if kind(x) != "torch":
         return tuple(v.item() if kind(v) == "torch" else v for v in measure)  # a tree of both kinds
     return tuple(v.to(x.device) if kind(v) == "torch" else v for v in measure)
@@ -197,17 +210,24 @@ def _beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
 
 def read_all(measures: Sequence[tuple[Any, ...]]) -> list[tuple[float, ...]]:
     """The measures as Python floats, with one synchronisation for each device."""
-    by_device: defaultdict[Any, list[Any]] = defaultdict(list)
-    for value in (value for measure in measures for value in measure):
+    read = iter(_numbers([value for measure in measures for value in measure]))
+    return [tuple(next(read)[0] for _ in measure) for measure in measures]
+
+
+def _numbers(values: Sequence[Any]) -> list[list[float]]:
+    """The numbers in each of many numbers and vectors, with one synchronisation for each device."""
+    by_device: defaultdict[Any, list[int]] = defaultdict(list)
+    read = [[] if kind(value) == "torch" else [float(value)] for value in values]
+    for i, value in enumerate(values):
         if kind(value) == "torch":
-            by_device[value.device].append(value)
-    read: dict[int, float] = {}
-    for values in by_device.values():
+            by_device[value.device].append(i)
+    for chosen in by_device.values():
         import torch
 
-        numbers = torch.stack([value.detach().to(torch.float64) for value in values]).tolist()
-        read.update({id(value): number for value, number in zip(values, numbers, strict=True)})
-    return [tuple(read[id(v)] if id(v) in read else float(v) for v in measure) for measure in measures]
+        numbers = iter(torch.cat([values[i].detach().to(torch.float64).reshape(-1) for i in chosen]).tolist())
+        for i in chosen:
+            read[i] = list(islice(numbers, values[i].numel()))
+    return read
 
 
 def _outcome(job: Job, state: Any, dx: Any) -> Outcome:

@@ -1,0 +1,350 @@
+"""Loops without a compiler: a pass is run by NumPy, over blocks of elements that stay in the caches.
+
+Everything in a block is written to scratch memory of the thread, so that nothing is allocated and temporaries never reach
+main memory. Large arrays are cut into blocks; small ones are gathered into common ones, so that they share calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import Tape, Traced, Untraceable
+from .program import Pass, Program
+
+Vector = np.ndarray[Any, Any]
+
+BLOCK = 2**16
+"""Elements of a block. With the dozen registers that a rule needs it fills a second-level cache."""
+_GATHERED = 2**12  # arrays of at most so many elements share blocks
+
+_DTYPES = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "host": np.float64,
+    "int": np.float64,
+    "bool": np.bool_,
+    "bfloat16": np.uint16,
+}
+
+
+def _where(condition: Any, a: Any, b: Any, out: Vector) -> None:
+    np.copyto(out, b)
+    np.copyto(out, a, where=condition)
+
+
+def _fill(value: Any, out: Vector) -> None:
+    out[...] = value
+
+
+def _cast(x: Any, out: Vector) -> None:
+    np.copyto(out, x, casting="unsafe")
+
+
+def _widened(x: Any, out: Vector) -> None:
+    """From bfloat16."""
+    if out.dtype == np.float32:
+        np.left_shift(x, np.uint32(16), out=out.view(np.uint32))
+    else:
+        out[...] = np.left_shift(x, np.uint32(16)).view(np.float32)
+
+
+def _rounded(x: Any, out: Vector) -> None:
+    """To the nearest bfloat16, to even where two are as near; NaN stays NaN."""
+    x = x.astype(np.float32, copy=False)
+    bits = x.view(np.uint32)
+    near = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    out[...] = np.where(x != x, np.uint32(0x7FC0), near)  # noqa: PLR0124 (NaN)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide, "neg": np.negative, "abs": np.absolute,
+    "sqrt": np.sqrt, "exp": np.exp, "log": np.log, "tanh": np.tanh, "pow": np.power, "max": np.maximum, "min": np.minimum,
+    "sign": np.sign, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
+    "ne": np.not_equal, "and": np.logical_and, "or": np.logical_or, "not": np.logical_not, "isnan": np.isnan,
+    "isfinite": np.isfinite, "where": _where, "fill": _fill, "copy": _cast,
+}  # fmt: skip
+_JOIN: dict[str, Any] = {"sum": np.add, "largest": np.maximum, "smallest": np.minimum}
+
+
+class Step(NamedTuple):
+    """One call on a block: places of the arguments and of the result among the values."""
+
+    function: Callable[..., Any]
+    arguments: tuple[int, ...]
+    result: int
+
+
+class Sheet:
+    """A pass as calls on the values of a block: arrays that are read, arrays that are written, numbers, registers."""
+
+    def __init__(self, program: Program, this: Pass) -> None:
+        self.program, self.this = program, this
+        self.stores = [name for name, _ in this.stores]
+        self.columns = list(program.arrays)
+        order = _ordered([node.args[0] for node in this.reductions] + [node for _, node in this.stores])
+        numbers = {id(arg): arg for node in order for arg in node.args if not arg.element}
+        self.numbers = list(numbers.values())
+        self.tape = Tape(self.numbers, program.columns)
+        self.number_dtypes = [_DTYPES[node.dtype] for node in self.numbers]
+        self.steps: list[Step] = []
+        self.registers: list[Any] = []  # their dtypes
+        self.copies: list[tuple[int, int]] = []  # (value, array that is to become it), at the end
+        self.first_number = len(self.columns) + len(self.stores)
+        self._first_register = self.first_number + len(self.numbers)
+        self._free: dict[Any, list[int]] = {}
+        self._place = {id(node): self.first_number + k for k, node in enumerate(self.numbers)}
+        self._write(order)
+        self.sums = [self._place[id(node.args[0])] for node in this.reductions]
+        self.joins = [_JOIN[node.op] for node in this.reductions]
+        self.read = sorted(
+            {a for step in self.steps for a in step.arguments if a < len(self.columns)}
+            | {s for s in self.sums if s < len(self.columns)}
+        )
+
+    def _write(self, order: list[Traced]) -> None:
+        loads = [node for node in order if node.op == "load"]
+        self._place.update({id(node): self.columns.index(node.value) for node in loads})
+        calls = [node for node in order if node.op != "load"]
+        borrowed = {id(node): node for _, node in self.this.stores if node.op == "load"}
+        last: dict[int, int] = {}
+        for k, node in enumerate(calls):
+            last.update({id(arg): k for arg in node.args})
+        last.update({key: len(calls) for key in borrowed})
+        kept = {id(node) for _, node in self.this.stores} | {id(node.args[0]) for node in self.this.reductions}
+        targets = self._direct(calls)
+        for node in borrowed.values():  # a new value that is an array given: copied before anything is overwritten
+            place = self._register(node.dtype)
+            self.steps.append(Step(_cast, (self._place[id(node)],), place))
+            self._place[-id(node)] = place
+        for k, node in enumerate(calls):
+            arguments = tuple(self._place[id(arg)] for arg in node.args)
+            target, function = targets.get(id(node)), _function(node)
+            done = {id(arg): arg for arg in node.args if last[id(arg)] == k and id(arg) not in kept}
+            spent = [arg for key, arg in done.items() if self._place[key] >= self._first_register]
+            if isinstance(function, np.ufunc):  # may write where it reads
+                self._release(spent)
+            place = self._register(node.dtype) if target is None else len(self.columns) + target
+            if not isinstance(function, np.ufunc):
+                self._release(spent)
+            self._place[id(node)] = place
+            self.steps.append(Step(function, arguments, place))
+        for k, (_, node) in enumerate(self.this.stores):
+            value = self._place[-id(node) if node.op == "load" else id(node)]
+            if value != len(self.columns) + k:
+                self.copies.append((value, len(self.columns) + k))
+
+    def _direct(self, calls: list[Traced]) -> dict[int, int]:
+        """Which values may be written where they are to go at once: nothing there, or of the gradient, is read later."""
+        reads: dict[str, int] = {}
+        for k, node in enumerate(calls):
+            reads.update({arg.value: k for arg in node.args if arg.op == "load"})
+        position = {id(node): k for k, node in enumerate(calls)}
+        found: dict[int, int] = {}
+        for k, (name, node) in enumerate(self.this.stores):
+            at = position.get(id(node))
+            names = (name, "dx") if name == "x" else (name,)
+            if at is not None and id(node) not in found and all(reads.get(n, -1) <= at for n in names):
+                found[id(node)] = k
+        return found
+
+    def _register(self, dtype: str) -> int:
+        if self._free.get(dtype):
+            return self._free[dtype].pop()
+        self.registers.append(_DTYPES[dtype])
+        return self._first_register + len(self.registers) - 1
+
+    def _release(self, spent: list[Traced]) -> None:
+        for node in spent:
+            self._free.setdefault(node.dtype, []).append(self._place[id(node)])
+
+
+def _function(node: Traced) -> Callable[..., Any]:
+    if node.op == "cast":
+        if node.args[0].dtype == "bfloat16":
+            return _widened
+        return _rounded if node.dtype == "bfloat16" else _cast
+    if node.op not in _CALLS:
+        raise Untraceable(f"NumPy has no loop for {node.op}")
+    return _CALLS[node.op]
+
+
+def _ordered(targets: list[Traced]) -> list[Traced]:
+    """All elements that targets are made of, each after what it is made of."""
+    found: dict[int, Traced] = {}
+
+    def visit(node: Traced) -> None:
+        if id(node) not in found and node.element:
+            for arg in node.args:
+                visit(arg)
+            found[id(node)] = node
+
+    for node in targets:
+        visit(node)
+    return list(found.values())
+
+
+class Cut(NamedTuple):
+    """The blocks of a pass over some arrays, and where their sums go: a row for each part of an array."""
+
+    members: list[int]
+    sizes: list[int]
+    slices: list[tuple[int, int, int, int]]
+    """(index of the array, first element, number of elements, row)."""
+    gathered: list[tuple[Vector, Vector]]
+    """(indices of arrays, their starts in the block)."""
+    starts: Vector
+    """The first row of each array."""
+    rows: int
+    elements: int
+
+
+def cut(members: Vector, sizes: Vector) -> Cut:
+    """Blocks for these arrays; ``sizes`` are theirs."""
+    slices, gathered = [], []
+    count = np.maximum(-(-sizes // BLOCK), 1)
+    starts = np.concatenate([[0], np.cumsum(count)])
+    small = np.flatnonzero(sizes <= _GATHERED)
+    for i in np.flatnonzero(sizes > _GATHERED).tolist():
+        size, row = int(sizes[i]), int(starts[i])
+        slices += [(i, first, min(BLOCK, size - first), row + k) for k, first in enumerate(range(0, size, BLOCK))]
+    ends = np.cumsum(sizes[small])
+    first = 0
+    while first < len(small):  # as many as a block holds
+        before = int(ends[first - 1]) if first else 0
+        end = int(np.searchsorted(ends, before + BLOCK, "right"))
+        gathered.append((small[first:end], np.concatenate([[0], ends[first:end] - before]).astype(np.int64)))
+        first = end
+    return Cut(members.tolist(), sizes.tolist(), slices, gathered, starts[:-1], int(starts[-1]), int(sizes.sum()))
+
+
+class _At:
+    """Memory at an address, for NumPy. Whoever uses it sees to it that the memory is there."""
+
+    def __init__(self, address: int, size: int, dtype: Any) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": np.dtype(dtype).str, "version": 3}
+
+
+class Blocks:
+    """The passes of a program, run by NumPy; in the place of compiled loops."""
+
+    def __init__(self, program: Program) -> None:
+        from .source import all_passes
+
+        self.sheets = [Sheet(program, this) for this in all_passes(program)]
+        kinds = [program.dtypes[name] for name in [*program.arrays, *(name for name, _ in program.last.stores)]]
+        self._dtypes = [_DTYPES[kind] for kind in kinds]
+        self._program = program
+        self._cut: tuple[Any, Cut] | None = None
+        self._views: dict[tuple[int, int, int], Vector] = {}
+
+    def run(self, index: int, work: Any, pointers: Vector, numbers: Vector, *, apart: bool = False) -> list[Any]:  # noqa: ARG002
+        """As `Loops.run`; NumPy's results go through the caches in any case."""
+        from .loops import on_threads
+
+        sheet, blocks = self.sheets[index], self._blocks(work)
+        if not sheet.steps and not sheet.copies and not sheet.sums:
+            return []
+        rows = numbers[blocks.members]
+        values = sheet.tape.run({name: rows[:, k] for name, k in self._program.columns.items()})
+        given = [_number(value, dtype) for value, dtype in zip(values, sheet.number_dtypes, strict=True)]
+        used = [*sheet.read, *range(len(sheet.columns), sheet.first_number)]
+        arrays = {k: self._arrays(k, pointers[:, k], blocks) for k in used}
+        sums = np.empty((blocks.rows, len(sheet.sums)))
+        units = iter(itertools.chain(blocks.slices, blocks.gathered))  # next() of an iterator made in C is atomic
+        on_threads(_work, (sheet, blocks, units, arrays, given, sums), blocks.elements)
+        return [join.reduceat(sums[:, k], blocks.starts) for k, join in enumerate(sheet.joins)]
+
+    def _blocks(self, work: Any) -> Cut:
+        if self._cut is None or self._cut[0] is not work:
+            sizes = np.add.reduceat(work.pieces[:, 2], work.starts)
+            self._cut = work, cut(work.members, sizes)
+        return self._cut[1]
+
+    def _arrays(self, k: int, addresses: Vector, blocks: Cut) -> list[Vector]:
+        """Views of the memory at addresses. What they are made of is a number, so they are kept from step to step."""
+        if len(self._views) > 8 * len(self._dtypes) * len(blocks.members) + 1024:
+            self._views.clear()
+        views, dtype, found = self._views, self._dtypes[k], []
+        for address, size in zip(addresses[blocks.members].tolist(), blocks.sizes, strict=True):
+            key = (address, size, k)
+            view = views.get(key)
+            if view is None:
+                view = views[key] = np.asarray(_At(address, size, dtype))
+            found.append(view)
+        return found
+
+
+def _number(value: Any, dtype: Any) -> Any:
+    """A number of the pass: one for all arrays if they agree (in their bits: NaN is NaN), else one for each."""
+    if np.ndim(value) == 0:
+        return dtype(value)
+    vector = np.asarray(value).astype(dtype)
+    first = vector[0]
+    return first if (vector == first).all() or (vector != vector).all() else vector  # noqa: PLR0124 (NaN)
+
+
+def _work(
+    sheet: Sheet, blocks: Cut, units: Iterator[Any], arrays: dict[int, list[Vector]], given: list[Any], sums: Vector
+) -> None:
+    """Take units until there are none."""
+    registers: list[Vector] = [np.empty(BLOCK, dtype) for dtype in sheet.registers]
+    spare: dict[int, Vector] = {}
+    with np.errstate(all="ignore"):
+        for unit in units:
+            if len(unit) == 4:
+                i, first, n, row = unit
+                values = [arrays[k][i][first : first + n] if k in arrays else None for k in range(sheet.first_number)]
+                values += [value if np.ndim(value) == 0 else value[i] for value in given]
+                values += registers if n == BLOCK else [register[:n] for register in registers]
+                _call(sheet, values)
+                for k, (place, join) in enumerate(zip(sheet.sums, sheet.joins, strict=True)):
+                    sums[row, k] = join.reduce(values[place])
+            else:
+                _gathered(sheet, blocks, unit, arrays, given, registers, spare, sums)
+
+
+def _call(sheet: Sheet, values: list[Any]) -> None:
+    for function, arguments, result in sheet.steps:
+        if len(arguments) == 2:
+            function(values[arguments[0]], values[arguments[1]], out=values[result])
+        else:
+            function(*[values[a] for a in arguments], out=values[result])
+    for value, place in sheet.copies:
+        np.copyto(values[place], values[value])
+
+
+def _gathered(
+    sheet: Sheet,
+    blocks: Cut,
+    unit: tuple[Vector, Vector],
+    arrays: dict[int, list[Vector]],
+    given: list[Any],
+    registers: list[Vector],
+    spare: dict[int, Vector],
+    sums: Vector,
+) -> None:
+    """One block made of many small arrays."""
+    chosen, starts = unit
+    n, indices = int(starts[-1]), chosen.tolist()
+    values: list[Any] = [None] * sheet.first_number
+    for k, views in arrays.items():
+        if k not in spare:
+            spare[k] = np.empty(BLOCK, views[0].dtype)
+        values[k] = spare[k][:n]
+        if k < len(sheet.columns):
+            np.concatenate([views[i] for i in indices], out=values[k])
+    lengths = np.diff(starts)
+    values += [value if np.ndim(value) == 0 else np.repeat(value[chosen], lengths) for value in given]
+    values += [register[:n] for register in registers]
+    _call(sheet, values)
+    for k, (place, join) in enumerate(zip(sheet.sums, sheet.joins, strict=True)):
+        sums[blocks.starts[chosen], k] = join.reduceat(values[place], starts[:-1])
+    bounds = starts.tolist()
+    for k in range(len(sheet.columns), sheet.first_number):
+        block, views = values[k], arrays[k]
+        for i, (first, end) in zip(indices, itertools.pairwise(bounds), strict=True):
+            views[i][:] = block[first:end]
