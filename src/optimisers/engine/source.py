@@ -229,9 +229,10 @@ def _expression(node: Traced, args: list[str]) -> str:
     if op == "where":
         return f"{args[0]} ? {args[1]} : {args[2]}"
     if op == "max":
-        return f"(({args[0]} > {args[1]}) | ({args[0]} != {args[0]})) ? {args[0]} : {args[1]}"
+        # NaN if either is; gcc 12 does not vectorise it in other orders of the two tests.
+        return f"{args[1]} != {args[1]} ? {args[1]} : ({args[0]} < {args[1]} ? {args[1]} : {args[0]})"
     if op == "min":
-        return f"(({args[0]} < {args[1]}) | ({args[0]} != {args[0]})) ? {args[0]} : {args[1]}"
+        return f"{args[1]} != {args[1]} ? {args[1]} : ({args[0]} > {args[1]} ? {args[1]} : {args[0]})"
     if op == "sign":
         return f"{args[0]} != {args[0]} ? {args[0]} : ({_C_TYPES[dtype]})(({args[0]} > 0) - ({args[0]} < 0))"
     if op == "isnan":
