@@ -52,20 +52,25 @@ def advance(
 
     """
     held = tree._held if isinstance(tree._held, Held) else None
-    graph = _wants_graph(tree, held, xs, dxs, differentiable=differentiable)
-    packs = not graph and _may_pack()
-    if not graph and _is_ordinary():
+    ordinary = _is_ordinary()
+    alone = in_place and ordinary  # what is written in place carries no graph
+    graph = not alone and _wants_graph(tree, held if ordinary else None, xs, dxs, differentiable=differentiable)
+    packs = not graph
+    if not graph and ordinary:
         planned = _planned(tree, held, xs)
         planned.lineage.steps += 1
         while planned.generations:
             usual = regular if planned is held else [False] * len(planned.generations)
             try:
-                return _by_groups(tree, planned, xs, dxs, usual, in_place=in_place, packs=packs)
+                stepped = _by_groups(tree, planned, xs, dxs, usual, in_place=in_place, packs=packs)
             except _Refused as refused:
                 planned.lineage.refused.add(refused.key)
                 planned = grouped(tree._entries, xs, planned.lineage, tree._slots)
             except Missed:
                 planned, packs = planned.dissolved(), False
+            else:
+                planned.lineage.misses = 0
+                return stepped
         held = planned
     else:
         held = None
@@ -77,7 +82,7 @@ def advance(
 
 def _packed(jobs: dict[int, Job], *, packs: bool, in_place: bool) -> tuple[Sequence[Packed], dict[int, Job]]:
     """Jobs on other devices as tracks that step many, and those that are left."""
-    if not packs or not jobs:
+    if not packs or not jobs or not _may_pack():
         return [], jobs
     from .packed import pack
 
@@ -325,21 +330,20 @@ def _wants_graph(
     *,
     differentiable: bool,
 ) -> bool:
-    if torch_if_loaded() is None or not any(kind(x) == "torch" for x in xs):
+    """Whether the step is to carry a graph. ``held`` is what the state holds by group, if nothing looks on."""
+    torch = torch_if_loaded()
+    if torch is None or (held is not None and not differentiable and not torch.is_grad_enabled()):
+        return False
+    if not any(kind(x) == "torch" for x in xs):
         return False
     from . import torch_graph
 
     if differentiable:
         return True
-    if held is not None and _is_ordinary():
-        if not torch_graph.grad_enabled():
-            return False
-        # Groups hold no state and have no rule that requires grad.
-        given = [dx for dx in dxs if dx is not None]
-        if any(getattr(dx, "requires_grad", False) for dx in given):
+    if held is not None:  # groups hold no state and have no rule that requires grad
+        if any(getattr(dx, "requires_grad", False) for dx in dxs if dx is not None):
             return True
-        jobs = jobs_of(tree, tree._heads, xs, dxs, held.loose)
-        return torch_graph.wants_graph(jobs.values())
+        return torch_graph.wants_graph(jobs_of(tree, tree._heads, xs, dxs, held.loose).values())
     return torch_graph.wants_graph(jobs_of(tree, tree._entries, xs, dxs, range(len(xs))).values())
 
 

@@ -89,12 +89,14 @@ class Group:
         self.native_strides = [x.strides if isinstance(x, np.ndarray) else self.strides[i] for i, x in enumerate(xs)]
         self.native_dtype = xs[0].dtype
         self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
+        self._has_single = bool((self.sizes == 1).any())
         self._unsigned = self.sizes.astype(np.uint64)
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
         self.everyone = np.arange(self.count)
         self._whole: Table | None = None
+        self._base: tuple[Any, Any, list[int]] = None, None, []
         self._layout: Layout | None = None
 
     def with_rules(self, rules: list[AbstractRule]) -> Group | None:
@@ -106,7 +108,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper = rules, hyper_of(rules)
+        new.rules, new.hyper, new._base = rules, hyper_of(rules), (None, None, [])
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -114,7 +116,7 @@ class Group:
 
         Attributes are read one after another for all arrays at once, which costs a tenth of a microsecond for each.
         """
-        present: Sequence[Any] | None = None if any(dx is None for dx in dxs) else dxs
+        present: Sequence[Any] | None = None if type(None) in set(map(type, dxs)) else dxs
         shapes, strides = self.shapes, self.native_strides
         if present is None:
             chosen = [i for i, dx in enumerate(dxs) if dx is not None]
@@ -144,7 +146,8 @@ class Group:
             and list(map(SHAPE, arrays)) == shapes
             and list(map(torch.Tensor.stride, arrays)) == strides
             and all(map(IS_CPU, arrays))
-            and not any(map(torch.Tensor.is_neg, arrays))
+            # A lazily negated tensor is half of a complex one, and has its strides, unless it has a single element.
+            and not (self._has_single and any(map(torch.Tensor.is_neg, arrays)))
         )
 
     def work(self, members: Vector) -> Table:
@@ -186,11 +189,14 @@ class Group:
 
         Schedules are asked for the given members only.
         """
-        matrix = np.zeros((self.count, len(program.columns)))
-        matrix[:, : self.hyper.shape[1]] = self.hyper
-        for k, i in enumerate(self.numbers):
-            matrix[:, program.columns[f"c{i}"]] = counters[:, k]
-        matrix[:, program.columns["count"]] = self.sizes
+        if program is not self._base[0]:
+            base = np.zeros((self.count, len(program.columns)))
+            base[:, : self.hyper.shape[1]] = self.hyper
+            base[:, program.columns["count"]] = self.sizes
+            self._base = program, base, [program.columns[f"c{i}"] for i in self.numbers]
+        _, base, columns = self._base
+        matrix: Vector = base.copy()
+        matrix[:, columns] = counters
         for schedule in program.schedules:
             self._follow(schedule, matrix, program.columns, members)
         return matrix

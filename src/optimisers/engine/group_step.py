@@ -17,7 +17,6 @@ from .group import Columns, Group, Variant, inner
 from .held import Generation
 from .memory import SMALL, Column, Pool
 from .program import COMPILED, Boundary, Program
-from .source import pointer_names
 from .step import Request, Track
 
 
@@ -39,7 +38,8 @@ class GroupStep:
         self.x_addresses = self._addresses(xs)
         self.dx_addresses = self._addresses(dxs)
         self.s_addresses = [column.addresses() for column in generation.columns]
-        if not all(found[self.members].all() for found in (self.x_addresses, self.dx_addresses, *self.s_addresses)):
+        whole = len(self.members) == self.group.count
+        if not all((found if whole else found[self.members]).all() for found in (self.x_addresses, self.dx_addresses)):
             raise Untraceable("an array has no memory")  # a storage of which the memory was freed, a lazy zero
         dx_dtype = dtype_name(dxs[int(self.members[0])])
         parts = self.group.partition(self.members, generation.counters, dx_dtype)
@@ -196,8 +196,7 @@ class GroupTrack(Track):
 
     def point(self) -> None:
         """Take the addresses of what is read."""
-        names = pointer_names(self.program)
-        self.pointers = np.zeros((self.group.count, len(names)), np.uint64)
+        self.pointers = np.zeros((self.group.count, len(self.program.pointers)), np.uint64)
         self.pointers[:, 0] = self.x_addresses
         self.pointers[:, 1] = self.dx_addresses
         for k, found in enumerate(self.s_addresses):
@@ -262,26 +261,26 @@ class GroupTrack(Track):
 
     def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
         """Run the last pass. New parameters go to ``new_xs``, or into the old ones."""
-        group, names = self.group, pointer_names(self.program)
-        if not self.program.last.stores:
+        group, targets = self.group, self.program.targets
+        if not targets:
             return
         for k, i in enumerate(group.arrays):
-            if f"new s{i}" in names:
-                self.pointers[:, names.index(f"new s{i}")] = columns[k].addresses()
+            if f"s{i}" in targets:
+                self.pointers[:, targets[f"s{i}"]] = columns[k].addresses()
         if self.program.steps:
-            column = names.index("new x")
             if new_xs is None:
-                self.pointers[:, column] = self.x_addresses
+                self.pointers[:, targets["x"]] = self.x_addresses
             else:
-                self.pointers[self.members, column] = addresses_of([new_xs[i] for i in self.members.tolist()])
+                self.pointers[self.members, targets["x"]] = addresses_of([new_xs[i] for i in self.members.tolist()])
         self.loops.run(self._pass, self.work, self.pointers, self.matrix, apart=new_xs is not None)
 
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""
         if self.program.numbers:
             values = dict(zip(self.program.numbers, self._run(self.program.counting), strict=True))
+            chosen: Any = slice(None) if len(self.members) == len(counters) else self.members
             for k, i in enumerate(self.group.numbers):
-                counters[self.members, k] = values[f"c{i}"]
+                counters[chosen, k] = values[f"c{i}"]
 
 
 def waits(node: Traced, program: Program, asked: int) -> bool:

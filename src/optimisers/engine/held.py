@@ -97,7 +97,7 @@ class Lineage:
         pool: the memory of its generations.
         steps: how many steps were taken.
         again: the step from which on groups that were left out are considered again.
-        misses: how often measures came out otherwise than loops were made for.
+        misses: how many steps in a row measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
         apart: where everything lay when no gradient was found in memory to be written.
 
@@ -126,7 +126,9 @@ class Held:
         pending: whether some groups may become worth a compilation later.
         loose: the slots that are in no group.
         idle: the slots that are frozen or have no rule.
+        first: for each slot the leaf at its first place.
         tied: the slots in groups that stand at several places.
+        single: whether every slot stands at one place only.
         apart: the slots whose gradients are looked at one by one.
 
     """
@@ -138,7 +140,7 @@ class Held:
         lineage: Lineage,
         lease: Lease,
         idle: list[int],
-        tied: list[int],
+        slots: Sequence[Slot],
         *,
         pending: bool,
     ) -> None:
@@ -146,7 +148,10 @@ class Held:
             generations, where, lineage, lease, idle, pending,
         )  # fmt: skip
         self.loose = [i for i, place in enumerate(where) if place is None]
-        self.tied = [i for i in tied if where[i] is not None]
+        self.first = [slot.places[0].leaf for slot in slots]
+        self.tied = [i for i, slot in enumerate(slots) if len(slot.places) > 1 and where[i] is not None]
+        self.single = all(len(slot.places) == 1 for slot in slots)
+        self._slots = slots
         self.apart = [*self.loose, *self.tied]
 
     def next(self, generations: list[Generation], lease: Lease) -> Held:
@@ -162,7 +167,7 @@ class Held:
         if self.lineage.misses > _MISSES:
             self.lineage.refused.update(generation.group.key for generation in self.generations)
         self.lineage.again = self.lineage.steps + 1
-        return Held([], [None] * len(self.where), self.lineage, Lease(), self.idle, [], pending=True)
+        return Held([], [None] * len(self.where), self.lineage, Lease(), self.idle, self._slots, pending=True)
 
     def is_empty(self) -> bool:
         """Whether no state is held so."""
@@ -249,8 +254,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
             where[i] = len(generations), member
         generations.append(Generation(group, columns, counters))
     lease = Lease.of(entries[i].lease for g in generations for i in g.group.slots) if generations else Lease()
-    tied = [i for i, slot in enumerate(slots_of) if len(slot.places) > 1]
-    return Held(generations, where, lineage, lease, idle_slots(entries), tied, pending=pending)
+    return Held(generations, where, lineage, lease, idle_slots(entries), slots_of, pending=pending)
 
 
 def _key(entry: Entry, x: Any) -> Any:

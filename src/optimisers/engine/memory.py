@@ -60,17 +60,19 @@ class Pool:
 class Block:
     """One piece of memory, from which arrays are made."""
 
-    __slots__ = ("_alone", "_start", "base", "storage")
+    __slots__ = ("_alone", "_count", "_start", "base", "storage")
 
     def __init__(self, size: int, dtype: Any, around: Any = None) -> None:
         self.base: Any
         self.storage: Any
+        self._count: Callable[[int], int] | None = None
         if isinstance(dtype, np.dtype):
             self.base, self.storage = np.empty(size, dtype) if around is None else around, None
         else:
             torch = sys.modules["torch"]
             self.base = torch.empty(size, dtype=dtype, device="cpu") if around is None else around.detach()
             self.storage = self.base.untyped_storage()
+            self._count = getattr(torch._C, "_storage_Use_Count", None)
         self._start = self.address()
         self._alone = self._holders() if around is None else _alone(isinstance(dtype, np.dtype))
 
@@ -83,9 +85,8 @@ class Block:
         """How many refer to the memory; 0 where the library cannot say."""
         if self.storage is None:
             return sys.getrefcount(self.base)
-        count: Callable[[int], int] | None = getattr(sys.modules["torch"]._C, "_storage_Use_Count", None)
         # A storage that a user asked a tensor for is this very object, which the library does not count again.
-        return 0 if count is None else count(self.storage._cdata) + sys.getrefcount(self.storage)
+        return 0 if self._count is None else self._count(self.storage._cdata) + sys.getrefcount(self.storage)
 
     def is_free(self) -> bool:
         """Whether nobody but us refers to the memory, and it is the one that was made here.
@@ -218,6 +219,7 @@ class Column:
         self._given, self.lease, self.older = given, lease, older or {}
         self._blocks = blocks
         self._made: dict[int, Any] = {}
+        self._known: tuple[list[int], Vector] | None = None
 
     @staticmethod
     def of(arrays: Sequence[Any], leases: Sequence[Lease]) -> Column:
@@ -247,9 +249,14 @@ class Column:
         if self._blocks is None:
             return addresses_of([self._given[i] for i in range(len(self._given))])
         layout, blocks = self._blocks
-        starts = np.array([block.address() for block, _ in blocks], np.uint64)
+        places = [block.address() for block, _ in blocks]
+        if self._known is not None and not self._given and self._known[0] == places:
+            return self._known[1]
+        starts = np.array(places, np.uint64)
         found: Vector = starts[layout.blocks] + layout.offsets * np.uint64(blocks[0][0].base.itemsize)
-        if self._given:
+        if not self._given:
+            self._known = places, found
+        else:
             found[list(self._given)] = addresses_of(list(self._given.values()))
         return found
 

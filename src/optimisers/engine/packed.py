@@ -133,6 +133,7 @@ class Bucket(Group):
         self.template = jobs[0].state
         self.sizes = np.array([job.x.numel() for job in jobs], np.int64)
         self.count = len(jobs)
+        self._base = None, None, []
         self.arrays = [i for i, part in enumerate(form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(form) if part.form != "array"]
 

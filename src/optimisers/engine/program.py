@@ -85,6 +85,8 @@ class Program:
     def __post_init__(self) -> None:
         self.early = [(n, value) for n, value in self.guards if not _depends(n, MEASURED)]
         self.late = [(n, value) for n, value in self.guards if _depends(n, MEASURED)]
+        self.pointers = [*self.arrays, *(f"new {name}" for name, _ in self.last.stores)]
+        self.targets = {name: len(self.arrays) + k for k, (name, _) in enumerate(self.last.stores)}
         self.counting = Tape(list(self.numbers.values()), self.columns)
         self.measuring = [Tape(boundary.values, self.columns) for boundary in self.boundaries]
         self.deciding = Tape([node for node, _ in self.early], self.columns)

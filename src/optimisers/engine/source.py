@@ -122,7 +122,7 @@ def all_passes(program: Program) -> list[Pass]:
 
 def pointer_names(program: Program) -> list[str]:
     """The arrays of a leaf in the order of its pointers: those that are read, then those that are written."""
-    return [*program.arrays, *(f"new {name}" for name, _ in program.last.stores)]
+    return program.pointers
 
 
 def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -> str:
@@ -136,7 +136,7 @@ def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -
         else:
             sign = ">" if node.op == "largest" else "<"
             writer.body.append(f"t{k} = ({value} {sign} t{k} || {value} != {value}) ? {value} : t{k};")
-    names = pointer_names(program)
+    names = program.pointers
     stores = []
     for target, node in this.stores:
         value, ctype = writer.element(node), _C_TYPES[node.dtype]

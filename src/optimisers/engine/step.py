@@ -174,6 +174,8 @@ def _check(tracks: Sequence[Track]) -> None:
     checks = [(t.job.path, r) for t in singles for r in t.checks if all(can_read(value) for value in r.value)]
     faults = [fault for track in tracks for fault in track.finite_checks()]
     vectors = [(at, values) for track in tracks for at, values in track.to_read() if all(map(can_read, values))]
+    if not (checks or faults or vectors):
+        return
     measures = [*(r.value for _, r in checks), *(tuple(v for v in values) for _, values in vectors)]
     read = iter(_numbers([value for measure in measures for value in measure]))
     found = [(path, r.rule, tuple(next(read)[0] for _ in r.value)) for path, r in checks]

@@ -15,11 +15,6 @@ from ..rules._precision import state_leaves
 from .step import Job
 
 
-def grad_enabled() -> bool:
-    """Whether torch records graphs now."""
-    return torch.is_grad_enabled()
-
-
 def wants_graph(jobs: Iterable[Job]) -> bool:
     """Whether the outputs depend on something that requires grad, other than the parameters themselves.
 

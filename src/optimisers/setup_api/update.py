@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded
 from ..engine.advance import advance
@@ -17,6 +20,8 @@ from ..tree.leaves import Slot
 from ..tree.paths import shown
 from ..tree.state import StateTree, check_alive
 from ..tree.structure import is_module
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = False) -> tuple[StateTree, Any]:
@@ -54,13 +59,18 @@ def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -
     work = prepare(state, model, grads)
     stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
+    held, slots = stepped.state._held, state._slots
+    if isinstance(held, Held) and held.single and not stepped.graph and _are_plain(work.xs):
+        for i, value in stepped.values.items():
+            leaves[held.first[i]] = value
+        return stepped.state, state._structure.unflatten(model, leaves)
     finish = finisher(graph=stepped.graph)
     for i, value in stepped.values.items():
-        places = state._slots[i].places
+        places = slots[i].places
         for leaf, permutation in places:
             leaves[leaf] = finish(value if permutation is None else permuted(value, permutation), leaves[leaf])
         if len(places) > 1:
-            retie(state._slots[i], leaves)
+            retie(slots[i], leaves)
     return stepped.state, state._structure.unflatten(model, leaves)
 
 
@@ -124,9 +134,10 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     structure, slots = state._structure, state._slots
     leaves = structure.flatten(model)
     given = [leaf.grad for leaf in leaves] if from_module else structure.align(model, grads)
-    xs = [leaves[slot.places[0].leaf] for slot in slots]
-    dxs = [given[slot.places[0].leaf] for slot in slots]
     held = state._held
+    first = held.first if isinstance(held, Held) else [slot.places[0].leaf for slot in slots]
+    xs = [leaves[leaf] for leaf in first]
+    dxs = [given[leaf] for leaf in first]
     if not isinstance(held, Held):
         _check(state, range(len(slots)), xs, dxs, given)
         return Work(leaves, xs, dxs, [])
@@ -190,6 +201,15 @@ def _check_parameter(slot: Slot, x: Any) -> None:
         f"{slot.dtype}, got {got}. Set up a new state for the changed model"
     )
     raise StructureError(msg)
+
+
+def _are_plain(xs: list[Any]) -> bool:
+    """Whether new values can stand in the place of these as they are: tensors that require no grad, or NumPy arrays."""
+    torch = torch_if_loaded()
+    kinds = set(map(type, xs))
+    if torch is None or torch.Tensor not in kinds:
+        return kinds <= {np.ndarray}
+    return kinds == {torch.Tensor} and not any(map(_REQUIRES_GRAD, xs))
 
 
 def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
