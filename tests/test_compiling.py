@@ -177,3 +177,20 @@ def test_a_rule_that_cannot_be_traced_is_named_once(switch, monkeypatch):
     steps(CubeRoot(0.2), opt.update, {"a": np.ones(3, np.float32)})  # another warning would be an error
     assert state == expected
     assert model["a"].tobytes() == right["a"].tobytes()
+
+
+def test_a_broken_file_in_the_cache_is_made_anew(switch, monkeypatch, tmp_path):
+    switch("1")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(cache))
+    model = {"a": np.linspace(0, 1, 50)}
+    forget(monkeypatch)
+    expected = steps(opt.Momentum(0.125), opt.update, model)
+    for file in cache.glob("*.so"):
+        file.unlink()  # a library that is loaded must not change under its users
+        file.write_bytes(b"half a file")
+    forget(monkeypatch)
+    state, new = steps(opt.Momentum(0.125), opt.update, model)
+    assert held(state) == 1
+    assert state == expected[0]
+    assert new["a"].tobytes() == expected[1]["a"].tobytes()

@@ -339,11 +339,6 @@ def select(condition: Traced, a: Any, b: Any) -> Traced:
     return tracer.node("where", (condition, in_dtype(dtype, x), in_dtype(dtype, y)), dtype, element=element)
 
 
-def sign(x: Traced) -> Traced:
-    """-1, 0 or 1; NaN at NaN."""
-    return unary("sign", x)
-
-
 def filled(x: Traced, value: Any) -> Traced:
     """An array like x, filled with a number."""
     if not x.element:

@@ -70,7 +70,12 @@ def built(source: str) -> ctypes.CDLL | None:
         warn_once("there is no C compiler")
         return None
     try:
-        return ctypes.CDLL(str(_library(command, source)))
+        path = _library(command, source)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # what lies there cannot be loaded, as after a disk was full: once more
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_library(command, source)))
     except subprocess.CalledProcessError as error:
         warn_once(f"{command[0]} fails: {(error.stderr or '').strip()[-400:]}")
     except (OSError, subprocess.SubprocessError) as error:
