@@ -94,7 +94,6 @@ class Group:
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
-        self.everyone = np.arange(self.count)
         self._whole: Table | None = None
         self._base: tuple[Any, Any, list[int]] = None, None, []
         self._layout: Layout | None = None

@@ -181,7 +181,7 @@ class GroupTrack(Track):
     ) -> None:
         # Not the step itself: a cycle would keep the old parameters alive, and their memory from being used again.
         self.group, (self.x_addresses, self.dx_addresses, self.s_addresses) = group, addresses
-        self.variant, self.program, self.members, self.matrix = variant, variant.program, members, matrix
+        self.program, self.members, self.matrix = variant.program, members, matrix
         self.loops = variant.loops()
         self.rule = self.group.rules[int(members[0])]
         self.passed = Counter()

@@ -67,6 +67,8 @@ class Program:
         columns: the inputs, by name: hyper-parameters, numbers of the state, the element count, measures, sums.
         exact: whether it gives the rule's own bits.
         steps: whether the parameter moves.
+        pointers: the arrays of a leaf in the order of their addresses: those that are read, then those that are written.
+        targets: for each array that is written its place among the addresses.
 
     """
 

@@ -120,11 +120,6 @@ def all_passes(program: Program) -> list[Pass]:
     return [p for passes in program.before for p in passes] + [program.last]
 
 
-def pointer_names(program: Program) -> list[str]:
-    """The arrays of a leaf in the order of its pointers: those that are read, then those that are written."""
-    return program.pointers
-
-
 def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -> str:
     writer = _Writer(program)
     sums = []
