@@ -8,9 +8,9 @@ import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
-from optimisers.arrays import _matrices, add_matmul, gram, quick_in_bfloat16
+from optimisers.arrays import _matrices, add_matmul, quick_in_bfloat16, symmetric_matmul
 from optimisers.rules import newtonschulz
-from optimisers.rules.newtonschulz import JORDAN, POLAR_EXPRESS, YOU, _by_gram, _plain
+from optimisers.rules.newtonschulz import JORDAN, POLAR_EXPRESS, YOU, Start, _by_gram, _plain
 
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
@@ -161,7 +161,7 @@ def test_the_gram_route_agrees_with_the_plain_one(kind, ns, dtype, shape, lowest
         x = np.stack([with_singular_values(s, *shape[-2:], seed=i)[0] for i in range(math.prod(shape[:-2]))]).reshape(shape)
     x /= 1.01 * np.linalg.norm(x, axis=(-2, -1), keepdims=True)
     x = made(x.astype(dtype), kind)
-    by_gram, plain = numpy_of(_by_gram(x, ns.triples())), numpy_of(_plain(x, ns.triples()))
+    by_gram, plain = numpy_of(_by_gram(Start(x), ns.triples())), numpy_of(_plain(Start(x), ns.triples()))
     np.testing.assert_allclose(by_gram, plain, rtol=0, atol=ROUTES[dtype])
 
 
@@ -179,7 +179,7 @@ def test_the_gram_route_agrees_with_the_plain_one(kind, ns, dtype, shape, lowest
 def test_the_route_is_chosen_by_shape(shape, route, monkeypatch):
     taken = []
     for name in ("_plain", "_by_gram"):
-        monkeypatch.setattr(newtonschulz, name, lambda x, triples, name=name: taken.append(name) or x)
+        monkeypatch.setattr(newtonschulz, name, lambda start, triples, name=name: taken.append(name) or start.x)
     opt.orthogonalise(np.ones(shape))
     assert taken == ["_by_gram" if route == "gram" else "_plain"]
 
@@ -191,8 +191,8 @@ def test_the_gram_route_rounds_ill_conditioned_matrices_little_more_than_the_pla
     # There two float32 runs of the plain iteration differ as much.
     x, _, _ = with_singular_values(unit_spectrum(lowest, 64), 64, 160)
     x = x.astype("float32")
-    exact = _plain(x.astype("float64"), ns.triples())
-    by_gram, plain = (np.abs(numpy_of(route(made(x, kind), ns.triples())) - exact).max() for route in (_by_gram, _plain))
+    exact = _plain(Start(x.astype("float64")), ns.triples())
+    by_gram, plain = (np.abs(numpy_of(route(Start(made(x, kind)), ns.triples())) - exact).max() for route in (_by_gram, _plain))
     assert by_gram < 3 * plain + 2e-6
 
 
@@ -224,7 +224,7 @@ def test_a_symmetric_product_from_its_upper_half(kind, shape, parts, monkeypatch
     x = made(rng.normal(size=shape), kind)
     expected = numpy_of(x @ x.mT)
     monkeypatch.setattr(_matrices, "_parts", lambda x: parts)
-    g = gram(x)
+    g = symmetric_matmul(x, x.mT)
     np.testing.assert_allclose(numpy_of(g), expected, rtol=0, atol=1e-13)
     np.testing.assert_array_equal(numpy_of(g), numpy_of(g.mT))
     both = numpy_of(add_matmul(g, g, g, 0.5, -2.0, symmetric=True))
@@ -344,9 +344,9 @@ def test_bfloat16_is_never_computed_in_on_a_cpu(monkeypatch):
     assert not quick_in_bfloat16(torch.ones(1))
     seen = set()
 
-    def watch(x, triples):
-        seen.add(str(x.dtype).removeprefix("torch."))
-        return x
+    def watch(start, triples):
+        seen.add(str(start.x.dtype).removeprefix("torch."))
+        return start.x
 
     monkeypatch.setattr(newtonschulz, "_plain", watch)
     monkeypatch.setattr(newtonschulz, "_by_gram", watch)
@@ -464,3 +464,38 @@ def test_dtypes_are_named_alike():
 def test_numpy_has_no_bfloat16():
     with pytest.raises(opt.HyperParameterError, match="NumPy cannot compute in bfloat16"):
         opt.orthogonalise(np.ones((3, 3)), NS(dtype="bfloat16"))
+
+
+# --- where the norm comes from -------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@families
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 9, 4), (70, 300)])
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_the_norm_in_the_gram_matrix_is_that_of_the_matrix(kind, ns, dtype, shape, size, monkeypatch):
+    x = made((size * np.random.default_rng(4).normal(size=shape)).astype(dtype), kind)
+    found = []
+    start = newtonschulz._start
+    monkeypatch.setattr(newtonschulz, "_start", lambda *args: found.append(start(*args)) or found[-1])
+    quick = numpy_of(opt.orthogonalise(x, ns))
+    assert found[-1].g is not None
+    monkeypatch.setattr(newtonschulz, "can_read", lambda x: False)
+    careful = numpy_of(opt.orthogonalise(x, ns))
+    assert found[-1].g is None
+    np.testing.assert_allclose(quick, careful, rtol=0, atol=ROUTES[dtype])
+
+
+@both_kinds
+@pytest.mark.parametrize("size", [1e-30, 1e-14, 1e14, 1e30])
+def test_a_gram_matrix_that_may_over_or_underflow_is_not_used(kind, size, monkeypatch):
+    x = np.random.default_rng(5).normal(size=(2, 4, 6))
+    scaled = x.copy()
+    scaled[1] *= size  # one matrix of the stack is enough
+    found = []
+    start = newtonschulz._start
+    monkeypatch.setattr(newtonschulz, "_start", lambda *args: found.append(start(*args)) or found[-1])
+    y = numpy_of(opt.orthogonalise(made(scaled.astype("float32"), kind), NS(epsilon=0.0)))
+    assert found[-1].g is None
+    np.testing.assert_allclose(y, opt.orthogonalise(x, NS(epsilon=0.0)), rtol=0, atol=1e-5)

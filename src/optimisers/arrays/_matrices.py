@@ -33,15 +33,22 @@ def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float, *, symme
     return beta * c + alpha * (a @ b)
 
 
-def gram(x: Array) -> Array:
-    """``x @ x.mT``, whose lower half may be taken from the upper one."""
-    if (parts := _parts(x)) > 1:
-        return _mirrored(lambda i, j: x[..., i, :] @ x.mT[..., j], x.shape[-2], parts)
-    return x @ x.mT
+def trace(x: Array) -> Array:
+    """The sum of the diagonal of each matrix, of shape (..., 1, 1), in float64."""
+    if isinstance(x, np.ndarray):
+        return np.trace(x, axis1=-2, axis2=-1, dtype=np.float64)[..., None, None]
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=sys.modules["torch"].float64)[..., None, None]
+
+
+def symmetric_matmul(a: Array, b: Array) -> Array:
+    """``a @ b`` where that is known to be symmetric: its lower half may be taken from the upper one."""
+    if (parts := _parts(a)) > 1:
+        return _mirrored(lambda i, j: a[..., i, :] @ b[..., j], a.shape[-2], parts)
+    return a @ b
 
 
 # From so many multiplications on, leaving out half of them is worth the copies; from this side on, four parts beat two.
-_SYMMETRIC_FROM, _FOUR_FROM = 2e8, 768
+_SYMMETRIC_FROM, _FOUR_FROM = 1.5e8, 768
 
 
 def _parts(x: Array) -> int:
@@ -68,11 +75,13 @@ def on_cpu(x: Array) -> bool:
     return kind(x) != "torch" or bool(x.device.type == "cpu")
 
 
-def identity_like(x: Array) -> Array:
-    """The identity matrix of x's last side, in x's dtype and on its device."""
+def add_identity(x: Array, value: float) -> Array:
+    """``x + value * I`` for each matrix, written to x."""
     if isinstance(x, np.ndarray):
-        return np.eye(x.shape[-1], dtype=x.dtype)
-    return sys.modules["torch"].eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        np.einsum("...ii->...i", x)[...] += value
+    else:
+        x.diagonal(dim1=-2, dim2=-1).add_(value)
+    return x
 
 
 def matrix_norm(x: Array) -> Array:

@@ -39,6 +39,7 @@ class Tracer:
         inputs: the values of the numbers that are inputs, by name, for the array at hand.
         guards: what was decided from numbers: (condition or number, what it was).
         exact: whether a loop must give the same bits, which holds for arithmetic and roots, not for exp and sums.
+        whole: above 0 while a rule is looked at that may depend on the shape, which no trace knows.
 
     """
 
@@ -48,6 +49,7 @@ class Tracer:
         self.guards: list[tuple[Traced, float | bool]] = []
         self.exact = True
         self.scheduled: Callable[[Any, Traced], Any] | None = None
+        self.whole = 0
         self._made: dict[Any, Traced] = {}
 
     def node(self, op: str, args: tuple[Traced, ...], dtype: str, *, element: bool, value: Any = None) -> Traced:
@@ -95,11 +97,16 @@ class Traced:
     @property
     def shape(self) -> tuple[Any, ...]:
         """One axis, whose length is a number of the trace: a rule with a law cannot depend on more."""
-        return (self.tracer.number("count", "int"),) if self.element else ()
+        return (self._count(),) if self.element else ()
 
     def numel(self) -> Any:
         """The number of elements."""
-        return self.tracer.number("count", "int") if self.element else 1
+        return self._count() if self.element else 1
+
+    def _count(self) -> Traced:
+        if self.tracer.whole:
+            raise Untraceable("it depends on the shape of an array")
+        return self.tracer.number("count", "int")
 
     def is_complex(self) -> bool:
         """Complex arrays are not traced."""

@@ -20,6 +20,7 @@ Vector = np.ndarray[Any, Any]
 BLOCK = 2**16
 """Elements of a block. With the dozen registers that a rule needs it fills a second-level cache."""
 _GATHERED = 2**12  # arrays of at most so many elements share blocks
+_CUTS = 64  # pieces of work of which the blocks are kept
 
 _DTYPES = {
     "float32": np.float32,
@@ -94,6 +95,9 @@ class Sheet:
         self.registers: list[Any] = []  # their dtypes
         self.copies: list[tuple[int, int]] = []  # (value, array that is to become it), at the end
         self.first_number = len(self.columns) + len(self.stores)
+        self.addresses = [*range(len(self.columns)), *(program.targets[name] for name in self.stores)]
+        kinds = [*(program.dtypes[name] for name in self.columns), *(program.dtypes[name] for name in self.stores)]
+        self.array_dtypes = [_DTYPES[kind] for kind in kinds]
         self._first_register = self.first_number + len(self.numbers)
         self._free: dict[Any, list[int]] = {}
         self._place = {id(node): self.first_number + k for k, node in enumerate(self.numbers)}
@@ -235,14 +239,23 @@ class Blocks:
         from .source import all_passes
 
         self.sheets = [Sheet(program, this) for this in all_passes(program)]
-        kinds = [program.dtypes[name] for name in [*program.arrays, *(name for name, _ in program.last.stores)]]
-        self._dtypes = [_DTYPES[kind] for kind in kinds]
         self._program = program
-        self._cut: tuple[Any, Cut] | None = None
-        self._views: dict[tuple[int, int, int], Vector] = {}
+        self._cuts: dict[int, tuple[Any, Cut]] = {}
+        self._views: dict[tuple[int, int, Any], Vector] = {}
 
-    def run(self, index: int, work: Any, pointers: Vector, numbers: Vector, *, apart: bool = False) -> list[Any]:  # noqa: ARG002
-        """As `Loops.run`; NumPy's results go through the caches in any case."""
+    def prepared(
+        self,
+        index: int,
+        work: Any,
+        pointers: Vector,
+        numbers: Vector,
+        *,
+        apart: bool = False,  # noqa: ARG002
+    ) -> Callable[[], list[Any]]:
+        """As `Loops.prepared`; NumPy's results go through the caches in any case."""
+        return lambda: self._run(index, work, pointers, numbers)
+
+    def _run(self, index: int, work: Any, pointers: Vector, numbers: Vector) -> list[Any]:
         from .loops import on_threads
 
         sheet, blocks = self.sheets[index], self._blocks(work)
@@ -252,25 +265,28 @@ class Blocks:
         values = sheet.tape.run({name: rows[:, k] for name, k in self._program.columns.items()})
         given = [_number(value, dtype) for value, dtype in zip(values, sheet.number_dtypes, strict=True)]
         used = [*sheet.read, *range(len(sheet.columns), sheet.first_number)]
-        arrays = {k: self._arrays(k, pointers[:, k], blocks) for k in used}
+        arrays = {k: self._arrays(sheet.array_dtypes[k], pointers[:, sheet.addresses[k]], blocks) for k in used}
         sums = np.empty((blocks.rows, len(sheet.sums)))
         units = iter(itertools.chain(blocks.slices, blocks.gathered))  # next() of an iterator made in C is atomic
         on_threads(_work, (sheet, blocks, units, arrays, given, sums), blocks.elements)
         return [join.reduceat(sums[:, k], blocks.starts) for k, join in enumerate(sheet.joins)]
 
     def _blocks(self, work: Any) -> Cut:
-        if self._cut is None or self._cut[0] is not work:
+        kept = self._cuts.get(id(work))
+        if kept is None or kept[0] is not work:
+            if len(self._cuts) >= _CUTS:
+                self._cuts.clear()
             sizes = np.add.reduceat(work.pieces[:, 2], work.starts)
-            self._cut = work, cut(work.members, sizes)
-        return self._cut[1]
+            kept = self._cuts[id(work)] = work, cut(work.members, sizes)
+        return kept[1]
 
-    def _arrays(self, k: int, addresses: Vector, blocks: Cut) -> list[Vector]:
+    def _arrays(self, dtype: Any, addresses: Vector, blocks: Cut) -> list[Vector]:
         """Views of the memory at addresses. What they are made of is a number, so they are kept from step to step."""
-        if len(self._views) > 8 * len(self._dtypes) * len(blocks.members) + 1024:
+        if len(self._views) > 8 * len(self._program.pointers) * len(blocks.members) + 1024:
             self._views.clear()
-        views, dtype, found = self._views, self._dtypes[k], []
+        views, found = self._views, []
         for address, size in zip(addresses[blocks.members].tolist(), blocks.sizes, strict=True):
-            key = (address, size, k)
+            key = (address, size, dtype)
             view = views.get(key)
             if view is None:
                 view = views[key] = np.asarray(_At(address, size, dtype))

@@ -55,6 +55,16 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return 0 not in shape
 
 
+def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of a dense array lie in the order of the last axis first."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def is_compiled_dtype(dtypes: set[Any]) -> bool:
     """Whether it is one dtype, and loops are made for it."""
     return (

@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import Untraceable, is_number, torch_if_loaded
 from ..errors import CompileWarning, locating
-from ..rules._base import AbstractRule
+from ..rules._base import AbstractRule, walk
 from ..rules._precision import state_leaves
 from . import build
 from .blocks import Blocks
-from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strides, is_compiled_dtype
+from .dense import ALIGNED, DTYPE, IS_CPU, SHAPE, STRIDES, Vector, element_strides, is_compiled_dtype, is_row_major
 from .loops import Loops, Table, table
 from .memory import Layout
-from .program import Program, Schedule
+from .program import Place, Program, Schedule
+from .stacked import ALONE_FROM, CPU_STACK, in_stacks, likeness
 from .trace import filled, numbers_of, structure_of_rule, trace
 
 _VARIANTS = 16
@@ -38,6 +39,17 @@ class Columns(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._columns)
+
+
+class Stack(NamedTuple):
+    """Parameters that are transformed together, or one of them alone: how they lie one after another, and the work."""
+
+    members: list[int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offsets: Vector
+    """Where each begins, in elements."""
+    work: Table
 
 
 class Variant:
@@ -97,6 +109,7 @@ class Group:
         self._whole: Table | None = None
         self._base: tuple[Any, Any, list[int]] = None, None, []
         self._layout: Layout | None = None
+        self._stacks: dict[Place, list[Stack]] = {}
 
     def with_rules(self, rules: list[AbstractRule]) -> Group | None:
         """The group with other numbers in its rules; None if they are of another kind now."""
@@ -107,7 +120,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper, new._base = rules, hyper_of(rules), (None, None, [])
+        new.rules, new.hyper, new._base, new._stacks = rules, hyper_of(rules), (None, None, []), {}
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -156,6 +169,33 @@ class Group:
         if self._whole is None:
             self._whole = table(members, self.sizes)
         return self._whole
+
+    def stacks(self, members: Vector, where: Place) -> list[Stack]:
+        """Some of the parameters by what the rules that stand where can transform together; of all of them they are kept."""
+        if len(members) != self.count:
+            return self._stacked(members, where)
+        if where not in self._stacks:
+            self._stacks[where] = self._stacked(members, where)
+        return self._stacks[where]
+
+    def _stacked(self, members: Vector, where: Place) -> list[Stack]:
+        found: dict[Any, list[int]] = {}
+        alone: list[list[int]] = []
+        for i in members.tolist():
+            if self.sizes[i] < ALONE_FROM and is_row_major(self.shapes[i], self.strides[i]):
+                found.setdefault((likeness(inner(self.rules[i], where)), self.shapes[i]), []).append(i)
+            else:
+                alone.append([i])
+        for like in found.values():
+            alone += in_stacks(like, int(self.sizes[like[0]]), CPU_STACK)
+        stacks = []
+        for chosen in alone:
+            size, shape, strides = int(self.sizes[chosen[0]]), self.shapes[chosen[0]], self.strides[chosen[0]]
+            if len(chosen) > 1:
+                shape, strides = (len(chosen), *shape), (size, *strides)
+            work = table(np.array(chosen, np.int64), self.sizes)
+            stacks.append(Stack(chosen, shape, strides, np.arange(len(chosen), dtype=np.uint64) * np.uint64(size), work))
+        return stacks
 
     def bytes_of(self, size: Any) -> Vector:
         """The bytes of each array, if an element takes so many."""
@@ -265,7 +305,8 @@ _warned: set[str] = set()
 def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
     """One warning a kind of rule that claims a law and cannot be made a loop of."""
     name = type(rule).__name__
-    if name not in _warned and build.switch() != "0":
+    expected = all(part.law in {"elementwise", "measured"} for part in walk(rule))
+    if expected and name not in _warned and build.switch() != "0":
         _warned.add(name)
         msg = (
             f"{name} is stepped array by array, since no loop can be made of it: {reason}. Results are the same and steps "

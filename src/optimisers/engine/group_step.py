@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Tape, Traced, Untraceable, cast_to, dtype_name, torch_if_loaded, working_dtype
+from ..errors import RuleError, locating
 from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from ..tree.entry import Lease
 from .dense import Vector, addresses_of, element_strides, is_loopable
-from .group import Columns, Group, Variant, inner
+from .group import Columns, Group, Stack, Variant, inner
 from .held import Generation
+from .loops import address
 from .memory import SMALL, Column, Pool
-from .program import COMPILED, Boundary, Program
+from .program import COMPILED, Boundary, Program, Transform
 from .step import Request, Track
 
 
@@ -188,6 +190,8 @@ class GroupTrack(Track):
         self.work = self.group.work(members)
         self._asked = 0
         self._pass = 0
+        self._storing = 0  # the pass that stores what the last transform is given
+        self._transformed: list[Any] = []  # what others are still to read
         self._checked: list[tuple[Boundary, list[Any]]] = []
         self.pointers: Vector
 
@@ -213,6 +217,11 @@ class GroupTrack(Track):
             boundary = program.boundaries[self._asked]
             self._sum(self._asked)
             self._asked += 1
+            if isinstance(boundary, Transform):
+                if not (program.trailing and self._asked == len(program.boundaries)):
+                    for stack in self.group.stacks(self.members, boundary.where):
+                        self._transformed.append(self._transform(boundary, stack))
+                continue
             rule: Any = inner(self.rule, boundary.where)
             if rule.checks or boundary.names is not None:
                 values = self._run(program.measuring[self._asked - 1])
@@ -226,10 +235,34 @@ class GroupTrack(Track):
     def _sum(self, boundary: int) -> None:
         """Run the passes that a measure needs."""
         for this in self.program.before[boundary]:
-            sums = self.loops.run(self._pass, self.work, self.pointers, self.matrix)
+            if this.stores:  # run for a stack at a time
+                self._storing, self._pass = self._pass, self._pass + 1
+                continue
+            sums = self.loops.prepared(self._pass, self.work, self.pointers, self.matrix)()
             self._pass += 1
             for node, values in zip(this.reductions, sums, strict=True):
                 self.matrix[self.members, self.program.columns[node.value]] = values
+
+    def _transform(self, boundary: Transform, stack: Stack) -> Any:
+        """Transform some of the arrays. What comes is read at its address, so it is to be kept until then."""
+        group, targets = self.group, self.program.targets
+        dtype = _native(group, self.program.dtypes[boundary.target])
+        given, start = _buffer(stack, dtype)
+        size = np.uint64(dtype.itemsize)
+        self.pointers[stack.members, targets[boundary.target]] = np.uint64(start) + stack.offsets * size
+        self.loops.prepared(self._storing, stack.work, self.pointers, self.matrix)()
+        rule: Any = inner(group.rules[stack.members[0]], boundary.where)
+        more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
+        with locating(group.paths[stack.members[0]] + more):
+            found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
+            if tuple(found.shape) != stack.shape or found.dtype != dtype:
+                got = f"shape {tuple(found.shape)} and dtype {dtype_name(found)}"
+                msg = f"{rule!r} made {got} of an array of shape {stack.shape} and dtype {dtype_name(given)}"
+                raise RuleError(msg)
+        if element_strides(found) != stack.strides:
+            found = _laid_out_as(given, found)
+        self.pointers[stack.members, self.program.arrays.index(boundary.source)] = addresses_of([found]) + stack.offsets * size
+        return found
 
     def _run(self, tape: Tape) -> list[Vector]:
         """Numbers for each member."""
@@ -272,7 +305,15 @@ class GroupTrack(Track):
                 self.pointers[:, targets["x"]] = self.x_addresses
             else:
                 self.pointers[self.members, targets["x"]] = addresses_of([new_xs[i] for i in self.members.tolist()])
-        self.loops.run(self._pass, self.work, self.pointers, self.matrix, apart=new_xs is not None)
+        apart = new_xs is not None
+        if not self.program.trailing:
+            self.loops.prepared(self._pass, self.work, self.pointers, self.matrix, apart=apart)()
+            return
+        boundary: Any = self.program.boundaries[-1]
+        for stack in group.stacks(self.members, boundary.where):  # so that only one is held at a time
+            found = self._transform(boundary, stack)
+            self.loops.prepared(self._pass, stack.work, self.pointers, self.matrix, apart=apart)()
+            del found
 
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""
@@ -293,6 +334,17 @@ def _native(group: Group, name: str) -> Any:
     if group.library == "numpy":
         return np.dtype(name)
     return getattr(torch_if_loaded(), name)
+
+
+def _buffer(stack: Stack, dtype: Any) -> tuple[Any, int]:
+    """Memory for a stack, and its address."""
+    if isinstance(dtype, np.dtype):
+        memory = np.empty(stack.work.elements, dtype)
+        strides = tuple(s * dtype.itemsize for s in stack.strides)
+        return np.ndarray(stack.shape, dtype, memory, 0, strides), address(memory)
+    torch: Any = torch_if_loaded()
+    memory = torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device="cpu")
+    return memory, memory.data_ptr()
 
 
 def _copy_into(target: Any, source: Any) -> None:

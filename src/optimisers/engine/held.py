@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
+from ..rules._base import AbstractRule, children
 from ..rules._precision import state_leaves
+from ..rules.averaged import Averaged
+from ..rules.chain import OptimiserChain
+from ..rules.mixedprecision import MixedPrecision
+from ..rules.scheduled import Scheduled
 from ..tree.entry import Entry, Lease
 from ..tree.leaves import Slot
 from . import build
@@ -260,7 +265,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
 def _key(entry: Entry, x: Any) -> Any:
     """What parameters of one group have in common; None for one that no loop can step."""
     rule = entry.rule
-    if rule is None or rule.law not in {"elementwise", "measured"} or not is_loopable(x):
+    if rule is None or not _has_law(rule) or not is_loopable(x):
         return None
     dtype = dtype_name(x)
     if dtype not in COMPILED:
@@ -270,7 +275,7 @@ def _key(entry: Entry, x: Any) -> Any:
         form = form_of(entry.state, tuple(x.shape), dtype)
         if any(part.form == "scalar" for part in form) and x.ndim == 0:
             return None
-        if rule.law == "measured" and x.ndim == 0:
+        if rule.law != "elementwise" and x.ndim == 0:
             return None
         for leaf, part in zip(state_leaves(entry.state), form, strict=True):
             if part.form == "array" and not (is_loopable(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
@@ -282,3 +287,12 @@ def _key(entry: Entry, x: Any) -> Any:
         return structure_of_rule(rule), nesting(entry.state), form, dtype, kind(x)
     except Untraceable:
         return None
+
+
+def _has_law(rule: AbstractRule) -> bool:
+    """Whether a rule is made of rules with laws, so that it may become loops. Laws of several kinds together are none."""
+    return rule.law != "none" or (isinstance(rule, _MADE_OF_RULES) and all(_has_law(inner) for _, _, inner in children(rule)))
+
+
+_MADE_OF_RULES = (OptimiserChain, Averaged, MixedPrecision, Scheduled)
+"""Rules whose law is that of the rules inside."""

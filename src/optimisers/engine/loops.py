@@ -20,7 +20,8 @@ _PIECE = 2**14  # elements of a piece: its arrays fit the second-level cache
 _UNIT = 2**15  # what a thread takes at a time, in elements
 _OVERHEAD = 64  # what a piece costs beside its elements, in elements
 _MUCH = 2**21  # elements whose results would not stay in the caches
-_ALONE = 2**18  # less than this is not worth a second thread
+_ALONE = 2**18  # less than this is not worth a second thread that has to be woken
+_TOGETHER = 2**15  # less than this for each is not worth a second thread that torch keeps awake
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -71,6 +72,7 @@ class Loops:
             self._sums.append([{"sum": np.add, "largest": np.maximum, "smallest": np.minimum}[n.op] for n in this.reductions])
 
         self._apart = _function(library, "pass_apart") if program.last.stores else None
+        self._torch = program.library == "torch"
 
     @staticmethod
     def of(program: Program) -> Loops | Blocks:
@@ -78,34 +80,72 @@ class Loops:
         library = None if build.switch() == "0" else build.built(source(program))
         return Blocks(program) if library is None else Loops(program, library)
 
-    def run(self, index: int, work: Table, pointers: Any, numbers: Any, *, apart: bool = False) -> list[Any]:
-        """Run a pass. For each number that it sums up: the values for the arrays of the work, in order.
+    def prepared(self, index: int, work: Table, pointers: Any, numbers: Any, *, apart: bool = False) -> Call:
+        """A pass over arrays of which the addresses are in ``pointers``, a row each, and the numbers in ``numbers``.
 
         With ``apart`` the last pass writes to other memory than it reads, and if that is much, past the caches.
         """
         function = self._functions[index]
         if apart and self._apart is not None and work.elements >= _MUCH:
             function = self._apart
-        combine = self._sums[index]
-        sums = np.empty((len(work.pieces), len(combine))) if combine else None
-        next_unit = ctypes.c_int64(0)
-        arguments = (
-            len(work.first) - 1,
-            ctypes.addressof(next_unit),
-            *work.addresses,
-            address(pointers),
-            address(numbers),
-            None if sums is None else address(sums),
-        )
-        on_threads(function, arguments, work.elements)
-        return [] if sums is None else [f.reduceat(sums[:, k], work.starts) for k, f in enumerate(combine)]
+        return Call(function, work, pointers, numbers, self._sums[index], torch=self._torch)
+
+
+class Call:
+    """A pass that may be run as long as the memory it was prepared for is there; tables are read anew each time."""
+
+    def __init__(self, function: Any, work: Table, pointers: Any, numbers: Any, combine: list[Any], *, torch: bool) -> None:
+        self._torch, self._function, self._entry = torch, function, ctypes.cast(function, ctypes.c_void_p).value
+        self._starts, self._elements, self._combine = work.starts, work.elements, combine
+        self._sums = np.empty((len(work.pieces), len(combine))) if combine else None
+        sums = 0 if self._sums is None else address(self._sums)
+        given = (0, len(work.first) - 1, *work.addresses, address(pointers), address(numbers), sums)  # as in C
+        self._given = np.array(given, np.int64)
+        self._kept = work, pointers, numbers
+        self._at = address(self._given)
+
+    def __call__(self) -> list[Any]:
+        """For each number that the pass sums up: the values for the arrays of the work, in order."""
+        self._given[0] = 0
+        if self._torch:
+            _on_threads_of_torch(self._function, self._entry, self._at, self._elements)
+        else:
+            on_threads(self._function, (self._at,), self._elements)
+        return [] if self._sums is None else [f.reduceat(self._sums[:, k], self._starts) for k, f in enumerate(self._combine)]
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:
     function = getattr(library, name)
-    function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 6
+    function.argtypes = [ctypes.c_void_p]
     function.restype = None
     return function
+
+
+_OPENMP = "GOMP_parallel"
+_openmp: Any = None
+_forked = False
+
+
+def _on_threads_of_torch(function: Any, entry: Any, given: int, elements: int) -> None:
+    """Run a pass on torch's own OpenMP threads where it has such, else on threads of our own.
+
+    Autograd and matrix products have used the same threads just before. They go on looking for work for a while, so others
+    would have to share the cores with them, and products after it would wait for both. NumPy's products have other threads.
+    """
+    global _openmp  # noqa: PLW0603
+    count = min(threads(), elements // _TOGETHER)
+    if count <= 1:
+        function(given)
+        return
+    if _openmp is None and torch_if_loaded() is not None:
+        _openmp = getattr(ctypes.CDLL(None), _OPENMP, False)
+        if _openmp:
+            _openmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            _openmp.restype = None
+    if _openmp and not _forked:  # OpenMP's threads do not survive a fork, and it does not see that they are gone
+        _openmp(entry, given, count, 0)
+    else:
+        on_threads(function, (given,), elements)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -142,8 +182,8 @@ def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None
 
 
 def _forget_threads() -> None:
-    global _pool  # noqa: PLW0603
-    _pool = None
+    global _pool, _forked
+    _pool, _forked = None, True
 
 
 if hasattr(os, "register_at_fork"):

@@ -235,7 +235,7 @@ class Packed(Track):
             run.measures.update(zip(names, beside(measure, self.jobs[0].x), strict=True))
             self._check_guards(run)
         while self._asked < len(program.boundaries):
-            boundary = program.boundaries[self._asked]
+            boundary: Any = program.boundaries[self._asked]  # all are measures: nothing is packed that transforms whole arrays
             self._asked += 1
             rule: Any = inner(self.rules[0], boundary.where)
             if rule.checks or boundary.names is not None:

@@ -35,6 +35,19 @@ class Boundary(NamedTuple):
     names: tuple[str, ...] | None
 
 
+class Transform(NamedTuple):
+    """A transform of whole arrays: of the rule that stands where, and what it is given.
+
+    That is stored by a pass in the array ``target``, and the answer is read from the array ``source``.
+    """
+
+    where: Place
+    values: tuple[Traced]
+    target: str
+    source: str
+    names: None = None
+
+
 class Schedule(NamedTuple):
     """Where a Scheduled stands in the rule, the counter that drives it, and the numbers that it sets."""
 
@@ -46,7 +59,7 @@ class Schedule(NamedTuple):
 
 @dataclass
 class Pass:
-    """One loop over all elements: numbers that it sums up, or (the last one) arrays that it writes."""
+    """One loop over all elements: numbers that it sums up, or arrays that it writes."""
 
     reductions: list[Traced] = field(default_factory=list)
     stores: list[tuple[str, Traced]] = field(default_factory=list)
@@ -59,21 +72,25 @@ class Program:
     Attributes:
         guards: conditions on numbers under which it holds, and what they were; ``early`` ones are known before a step, ``late``
             ones depend on measures.
-        boundaries: measures, in the order in which the rule asks for them.
+        boundaries: measures and transforms, in the order in which the rule asks for them.
         before: for each boundary the passes it needs, then those that the last pass needs.
+        trailing: whether a transform comes last, with nothing but the last pass after it.
         last: the pass that writes.
         numbers: the new numbers of the state, by name.
         schedules: numbers that follow schedules.
         columns: the inputs, by name: hyper-parameters, numbers of the state, the element count, measures, sums.
         exact: whether it gives the rule's own bits.
         steps: whether the parameter moves.
-        pointers: the arrays of a leaf in the order of their addresses: those that are read, then those that are written.
+        dtypes: those of the arrays, by name.
+        library: whose arrays it is for.
+        pointers: the arrays of a leaf in the order of their addresses: those that are read, those that take what is to be
+            transformed, and those that the last pass writes.
         targets: for each array that is written its place among the addresses.
 
     """
 
     guards: list[tuple[Traced, float | bool]]
-    boundaries: list[Boundary]
+    boundaries: list[Boundary | Transform]
     before: list[list[Pass]]
     last: Pass
     numbers: dict[str, Traced]
@@ -83,14 +100,19 @@ class Program:
     steps: bool
     arrays: tuple[str, ...]
     dtypes: dict[str, str]
+    library: str
 
     def __post_init__(self) -> None:
         self.early = [(n, value) for n, value in self.guards if not _depends(n, MEASURED)]
         self.late = [(n, value) for n, value in self.guards if _depends(n, MEASURED)]
-        self.pointers = [*self.arrays, *(f"new {name}" for name, _ in self.last.stores)]
-        self.targets = {name: len(self.arrays) + k for k, (name, _) in enumerate(self.last.stores)}
+        stores = [name for this in (*(p for passes in self.before for p in passes), self.last) for name, _ in this.stores]
+        self.pointers = [*self.arrays, *(f"new {name}" for name in stores)]
+        self.targets = {name: len(self.arrays) + k for k, name in enumerate(stores)}
+        self.trailing = bool(self.boundaries) and isinstance(self.boundaries[-1], Transform) and not self.before[-1]
         self.counting = Tape(list(self.numbers.values()), self.columns)
-        self.measuring = [Tape(boundary.values, self.columns) for boundary in self.boundaries]
+        self.measuring = [
+            Tape(boundary.values if isinstance(boundary, Boundary) else (), self.columns) for boundary in self.boundaries
+        ]
         self.deciding = Tape([node for node, _ in self.early], self.columns)
 
 
@@ -109,7 +131,7 @@ SUMS = frozenset({"sum", "largest", "smallest"})
 
 def program_of(
     tracer: Tracer,
-    boundaries: list[Boundary],
+    boundaries: list[Boundary | Transform],
     stores: list[tuple[str, Traced]],
     numbers: dict[str, Traced],
     schedules: list[Schedule],
@@ -124,13 +146,22 @@ def program_of(
     names += [f"c{i}" for i, part in enumerate(form) if part.form != "array"] + ["count"]
     names += [name for boundary in boundaries for name in boundary.names or ()]
     done: dict[int, str] = {}
-    before = [_passes(list(boundary.values), done, names) for boundary in boundaries]
+    before = []
+    for boundary in boundaries:
+        storing = [Pass(stores=[(boundary.target, boundary.values[0])])] if isinstance(boundary, Transform) else []
+        before.append(_passes(list(boundary.values), done, names) + storing)
     before.append(_passes([node for _, node in stores] + list(numbers.values()), done, names))
     arrays = ("x", "dx", *(f"s{i}" for i, part in enumerate(form) if part.form == "array"))
     kinds = {"x": dtypes[0], "dx": dtypes[1], **{f"s{i}": p.dtype for i, p in enumerate(form) if p.form == "array"}}
+    transforms = [boundary for boundary in boundaries if isinstance(boundary, Transform)]
+    arrays += tuple(transform.source for transform in transforms)
+    for transform in transforms:
+        kinds[transform.source] = kinds[transform.target] = transform.values[0].dtype
     columns = {name: i for i, name in enumerate(names)}
     last = Pass(stores=stores)
-    return Program(tracer.guards, boundaries, before, last, numbers, schedules, columns, tracer.exact, steps, arrays, kinds)
+    return Program(
+        tracer.guards, boundaries, before, last, numbers, schedules, columns, tracer.exact, steps, arrays, kinds, tracer.library
+    )
 
 
 def _passes(targets: list[Traced], done: dict[int, str], names: list[str]) -> list[Pass]:

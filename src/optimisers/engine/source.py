@@ -22,6 +22,15 @@ _HEADER = """\
 #include <stdint.h>
 #include <string.h>
 
+/* What a pass is given. Threads that run it share one. */
+typedef struct {
+  int64_t next, units;
+  const int64_t *first, *pieces;
+  void *const *pointers;
+  const double *numbers;
+  double *sums;
+} work;
+
 static inline float widened(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float y;
@@ -68,10 +77,15 @@ static inline void streamed(void) {
 # Units of work are handed out one by one, so that a thread that is held up does not hold up the others. A unit is a run of
 # pieces; a piece is (array, first element, how many).
 _FRAME = """
-void {name}(int64_t units, int64_t *next, const int64_t *first, const int64_t *pieces, void *const *pointers,
-            const double *numbers, double *sums) {{
+void {name}(void *given) {{
+  work *const shared = given;
+  const int64_t units = shared->units, *const first = shared->first, *const pieces = shared->pieces;
+  void *const *const pointers = shared->pointers;
+  const double *const numbers = shared->numbers;
+  double *const sums = shared->sums;
+  (void)sums;
   for (;;) {{
-    const int64_t unit = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    const int64_t unit = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
     if (unit >= units) return;
     for (int64_t piece = first[unit]; piece < first[unit + 1]; ++piece) {{
       const int64_t leaf = pieces[3 * piece], start = pieces[3 * piece + 1], n = pieces[3 * piece + 2];

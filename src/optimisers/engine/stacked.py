@@ -51,9 +51,14 @@ def stackable_groups(requests: Sequence[Together]) -> list[list[int]]:
             found.setdefault(key, []).append(i)
     for members in found.values():
         x = requests[members[0]].x
-        count = max(1, (CPU_STACK if on_cpu(x) else DEVICE_STACK) // max(1, element_count(x)))
-        groups += [members[k : k + count] for k in range(0, len(members), count)]
+        groups += in_stacks(members, element_count(x), CPU_STACK if on_cpu(x) else DEVICE_STACK)
     return groups
+
+
+def in_stacks(members: list[int], size: int, limit: int) -> list[list[int]]:
+    """Arrays of so many elements, cut into stacks of no more than the limit."""
+    count = max(1, limit // max(1, size))
+    return [members[k : k + count] for k in range(0, len(members), count)]
 
 
 def alone(request: Together) -> tuple[Any, Any]:
@@ -68,14 +73,14 @@ def _worthwhile(x: Any) -> bool:
 def _key(request: Together) -> Any:
     """What has to be equal for arrays to be stacked; None for one that has to be stepped alone."""
     x, dx = request.x, request.dx
-    key: list[Any] = [_likeness(request.rule), *_like(x), dx.dtype]
+    key: list[Any] = [likeness(request.rule), *_like(x), dx.dtype]
     return tuple(key) if _describe(request.state, key) else None
 
 
 _known: dict[int, tuple[weakref.ref[AbstractRule], Hashable]] = {}
 
 
-def _likeness(rule: AbstractRule) -> Hashable:
+def likeness(rule: AbstractRule) -> Hashable:
     """Equal for rules that do the same. Tensors in fields are the same only if they are one."""
     found = _known.get(id(rule))
     if found is not None and found[0]() is rule:
@@ -89,7 +94,7 @@ def _likeness(rule: AbstractRule) -> Hashable:
 
 def _likeness_of(value: Any) -> Hashable:
     if isinstance(value, AbstractRule):
-        return _likeness(value)
+        return likeness(value)
     if isinstance(value, tuple):
         return tuple(_likeness_of(item) for item in value)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
 from ..errors import NonFiniteError, RuleError, described, locating
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, walk
+from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, Whole, walk
 from ..rules._precision import in_working_precision, map_state, state_leaves
 from .stacked import answers
 
@@ -92,6 +92,9 @@ class Single(Track):
                 while True:
                     if isinstance(request, Together):
                         return request
+                    if isinstance(request, Whole):
+                        request = self._stages.send(request.rule.transform(request.array))
+                        continue
                     if request.rule.checks:
                         self.checks.append(request)
                     if request.rule.scope is not None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
 from ..errors import OptimisersError
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Together
+from ..rules._base import AbstractRule, Assign, MeasuredRule, Stages, Together, Whole
 from ..rules._precision import in_working_precision, state_leaves
 from ..rules.scheduled import Scheduled
-from .program import COMPILED, Boundary, Part, Place, Program, Schedule, program_of
+from .program import COMPILED, Boundary, Part, Place, Program, Schedule, Transform, program_of
 
 # --- rules as structure and numbers -----------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ def trace(
         for i, part in enumerate(form)
     )
     x, dx = tracer.array("x", dtypes[0]), tracer.array("dx", dtypes[1])
-    boundaries: list[Boundary] = []
+    boundaries: list[Boundary | Transform] = []
     try:
         after, step = _run(lifted, filled(state, leaves), x, dx, boundaries, tracer, lift)
         new_x = None if step is None else _new_value(x, step)
@@ -210,15 +210,45 @@ def filled(state: Any, leaves: Iterator[Any]) -> Any:
     return None if state is None else next(leaves)
 
 
+def _inside(stages: Stages, tracer: Tracer) -> Stages:
+    """The stages, with those of stackable rules in the place of requests to run them."""
+    answer: Any = None
+    while True:
+        try:
+            request = stages.send(answer)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        if isinstance(request, Together):
+            tracer.whole += 1
+            answer = yield from _inside(request.rule.stages(request.state, request.x, request.dx), tracer)
+            tracer.whole -= 1
+        else:
+            answer = yield request
+
+
 def _run(
-    rule: AbstractRule, state: Any, x: Traced, dx: Traced, boundaries: list[Boundary], tracer: Tracer, lift: _Lift
+    rule: AbstractRule,
+    state: Any,
+    x: Traced,
+    dx: Traced,
+    boundaries: list[Boundary | Transform],
+    tracer: Tracer,
+    lift: _Lift,
 ) -> tuple[Any, Any]:
-    stages = in_working_precision(rule, state, x, dx)
+    stages = _inside(in_working_precision(rule, state, x, dx), tracer)
     try:
-        request = next(stages)
+        request: Any = next(stages)
         while True:
-            if isinstance(request, Together):
-                raise Untraceable("it needs whole arrays")
+            if isinstance(request, Whole):
+                given_array = tracer.lift(request.array)
+                if not given_array.element or id(request.rule) not in lift.places:
+                    raise Untraceable("it transforms what is no array, or by a rule made in the step")
+                where, _ = lift.places[id(request.rule)]
+                transform = Transform(where, (given_array,), f"u{len(boundaries)}", f"w{len(boundaries)}")
+                boundaries.append(transform)
+                tracer.exact = False
+                request = stages.send(tracer.array(transform.source, given_array.dtype))
+                continue
             values = tuple(tracer.lift(as_array(value)) for value in request.value)
             if any(value.element for value in values):
                 raise Untraceable("its measure is no number")

@@ -45,7 +45,18 @@ class Together(NamedTuple):
     dx: Array
 
 
-Stages: TypeAlias = Generator[Measurement | Together, Any, tuple[State, Any]]
+class Whole(NamedTuple):
+    """What a stackable rule asks for where it needs a whole array at once: ``rule.transform(array)``.
+
+    What comes before and after is elementwise, so the engine may make loops of it, and give ``transform`` a stack of arrays
+    that are alike, by the rule that ``stacked()`` makes.
+    """
+
+    rule: TransformingRule
+    array: Array
+
+
+Stages: TypeAlias = Generator[Measurement | Together | Whole, Any, tuple[State, Any]]
 
 
 class AbstractRule(ABC):
@@ -234,6 +245,14 @@ class CompositeRule(AbstractRule):
         return run_alone(self.stages(state, x, dx))
 
 
+class TransformingRule(CompositeRule):
+    """A stackable rule whose stages ask for ``Whole(self, array)``."""
+
+    @abstractmethod
+    def transform(self, u: Array) -> Array:
+        """What becomes of a whole array, in its shape and dtype."""
+
+
 def _pair(rule: AbstractRule, method: str, result: Any) -> tuple[State, Any]:
     if not (isinstance(result, tuple) and len(result) == 2):
         msg = f"{type(rule).__name__}.{method} must return a pair (state, step); got {described(result)}"
@@ -256,6 +275,8 @@ def run_alone(stages: Stages) -> tuple[State, Any]:
             request = stages.send(answer)
             if isinstance(request, Together):
                 answer = run_alone(request.rule.stages(request.state, request.x, request.dx))
+            elif isinstance(request, Whole):
+                answer = request.rule.transform(request.array)
             else:
                 check_alone(request)
                 answer = request.rule.combine([request.value])

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arrays import Array, concatenate
 from ..errors import HyperParameterError, RuleError
-from ._base import AbstractRule, State
+from ._base import Stages, State, TransformingRule, Whole
 from ._fields import Choice, Interval, bounded
 from .newtonschulz import NewtonSchulz, sign_times
 
@@ -17,7 +17,7 @@ LAYOUTS = Choice(("out_in", "in_out"))
 
 
 @dataclass(frozen=True)
-class Orthogonalise(AbstractRule):
+class Orthogonalise(TransformingRule):
     """Replaces what comes by the nearest semi-orthogonal matrix, roughly, times a scale that depends on the shape.
 
     Args:
@@ -58,8 +58,11 @@ class Orthogonalise(AbstractRule):
         block_sizes(self, x)
         return None
 
-    def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
-        return state, matrix_step(self, dx)
+    def stages(self, state: State, x: Array, dx: Array) -> Stages:
+        return state, (yield Whole(self, dx))
+
+    def transform(self, u: Array) -> Array:
+        return matrix_step(self, u)
 
 
 def check_matrix_fields(rule: Any) -> None:
@@ -102,14 +105,14 @@ def block_sizes(rule: Any, x: Array) -> tuple[int, ...]:
     return tuple(size * inner for size in sizes)
 
 
-def matrix_step(rule: Any, u: Array, factor: Any = 1.0) -> Array:
-    """u orthogonalised block by block, scaled and multiplied by a factor, in its own shape."""
+def matrix_step(rule: Any, u: Array) -> Array:
+    """u orthogonalised block by block and scaled, in its own shape."""
     shape = tuple(u.shape)
     matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
     sizes = block_sizes(rule, u)
     rows_first = rule.layout == "out_in"
     if len(sizes) == 1:
-        return sign_times(factor * _scale(rule, matrix), matrix, rule.ns).reshape(shape)
+        return sign_times(_scale(rule, matrix), matrix, rule.ns).reshape(shape)
     if not rows_first:
         matrix = matrix.mT
     pieces = []
@@ -118,7 +121,7 @@ def matrix_step(rule: Any, u: Array, factor: Any = 1.0) -> Array:
         lead, columns = matrix.shape[:-2], matrix.shape[-1]
         stack = matrix[..., start : start + size * count, :].reshape((*lead, count, size, columns))
         start += size * count
-        scale = factor * _scale(rule, stack if rows_first else stack.mT)
+        scale = _scale(rule, stack if rows_first else stack.mT)
         pieces.append(sign_times(scale, stack, rule.ns).reshape((*lead, count * size, columns)))
     whole = concatenate(pieces, axis=-2)
     return (whole if rows_first else whole.mT).reshape(shape)

@@ -11,7 +11,7 @@ from typing import Any
 from ..arrays import Array, add_multiple, interpolate, is_complex, zeros_like
 from ..errors import HyperParameterError, RuleError
 from ._adjust import has_eta, scaled
-from ._base import AbstractRule, CompositeRule, Law, Stages, State
+from ._base import AbstractRule, Law, Stages, State, TransformingRule, Whole
 from ._fields import Choice, Interval, bounded
 from .adamw import AdamW
 from .matrix_step import LAYOUTS, SCALES, block_sizes, check_matrix_fields, matrix_step
@@ -20,7 +20,7 @@ from .newtonschulz import NewtonSchulz
 
 
 @dataclass(frozen=True)
-class Muon(CompositeRule):
+class Muon(TransformingRule):
     """Momentum orthogonalised by Newton-Schulz for matrices, and another rule for everything else.
 
     ``x <- x - eta * (scale * orthogonalise(u) + lambda_ * x)`` with u the (Nesterov) momentum.
@@ -135,7 +135,11 @@ class Muon(CompositeRule):
         if not self._is_matrix(x):
             return (yield from self.opt.stages(state, x, dx))
         state, u = self._momentum(state, dx)
-        return state, add_multiple(matrix_step(self, u, self.eta), x, self.eta * self.lambda_)
+        direction = yield Whole(self, u)
+        return state, self.eta * add_multiple(direction, x, self.lambda_)
+
+    def transform(self, u: Array) -> Array:
+        return matrix_step(self, u)
 
     def _momentum(self, state: State, dx: Array) -> tuple[State, Array]:
         """The new state, and what is to be orthogonalised."""

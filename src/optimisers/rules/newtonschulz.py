@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..arrays import (
     HALF,
     Array,
+    add_identity,
     add_matmul,
     as_dtype_name,
+    can_read,
     cast_to,
+    copied,
     dtype_name,
-    gram,
-    identity_like,
     is_complex,
     is_inexact,
     is_number,
@@ -24,6 +27,8 @@ from ..arrays import (
     on_cpu,
     quick_in_bfloat16,
     sqrt,
+    symmetric_matmul,
+    trace,
     where,
     working_dtype,
 )
@@ -168,29 +173,62 @@ def sign_times(scale: Any, x: Array, ns: NewtonSchulz) -> Array:
     y = cast_to(x, working_dtype(own))
     if len(shape) > 3:
         y = y.reshape((-1, *shape[-2:]))
-    size = matrix_norm(y)  # kept in float64, where no finite float32 matrix over- or underflows
-    bound = size * ns.safety_factor
-    bound = bound + ns.epsilon if ns.normaliser == "add" else maximum(bound, ns.epsilon)
-    bound = where(bound == 0, 1.0, bound)  # a zero matrix, and epsilon 0
-    if own == "float64":
-        y = y / bound
-    else:  # in two factors, since 1 / bound may be no float32
-        root = cast_to(1 / sqrt(bound), dtype_name(y))
-        y = y * root * root
-    y = cast_to(y, _compute_dtype(x, ns))
+    tall = shape[-2] > shape[-1]
+    y = y.mT if tall else y
+    start = _start(y, ns, _compute_dtype(x, ns))
     triples = ns.triples()
     if is_number(scale) and dtype_name(y) == own:
         a, b, c = triples[-1]
         triples, scale = (*triples[:-1], (scale * a, scale * b, scale * c)), None
-    tall = y.shape[-2] > y.shape[-1]
-    y = y.mT if tall else y
-    short, long = y.shape[-2:]
+    short, long = start.x.shape[-2:]
     # Counting products, 1.5 times the short side is long enough; the rest is overhead. Measured on a CPU in float32.
-    enough = 1.5 * short + 96 if on_cpu(y) else 2.5 * short
+    enough = 1.5 * short + 96 if on_cpu(start.x) else 2.5 * short
     iterate = _by_gram if short >= _GRAM_FROM and long >= enough else _plain
-    y = iterate(y, triples)
+    y = iterate(start, triples)
     y = cast_to(y.mT if tall else y, own)
     return (y if scale is None else scale * y).reshape(shape)
+
+
+# Sums of squares that are so large or small can be had in this dtype, and 1 / norm too.
+_SAFE = {"float32": (1e-24, 1e24), "float64": (1e-200, 1e200)}
+
+
+class Start(NamedTuple):
+    """What the iteration begins with: ``factor * x`` (None: x as it is), and the Gram matrix of that if it is known."""
+
+    x: Array
+    factor: Array | None = None
+    g: Array | None = None
+
+
+def _start(x: Array, ns: NewtonSchulz, dtype: str) -> Start:
+    """x divided by its norm, in the dtype to compute in.
+
+    The Gram matrix has the norm in it, and the first product of the iteration can divide by it, which saves going over x. But
+    a Gram matrix over- and underflows where x does not, so it is looked at; where that would have to wait for a device, or
+    cannot be, the norm is taken from x itself.
+    """
+    own = dtype_name(x)
+    if own == dtype and on_cpu(x) and can_read(x):
+        with np.errstate(all="ignore"):
+            g = _gram(x)
+        squares = trace(g)
+        low, high = _SAFE[own]
+        if bool(((squares > low) & (squares < high)).all()):
+            factor = cast_to(1 / _bound(sqrt(squares), ns), own)
+            return Start(x, factor, g * (factor * factor))
+    bound = _bound(matrix_norm(x), ns)  # in float64, where no finite float32 matrix over- or underflows
+    if own == "float64":
+        return Start(cast_to(x / bound, dtype))
+    root = cast_to(1 / sqrt(bound), own)  # in two factors, since 1 / bound may be no float32
+    return Start(cast_to(x * root * root, dtype))
+
+
+def _bound(size: Array, ns: NewtonSchulz) -> Array:
+    """What matrices of this norm are divided by."""
+    bound = size * ns.safety_factor
+    bound = bound + ns.epsilon if ns.normaliser == "add" else maximum(bound, ns.epsilon)
+    return where(bound == 0, 1.0, bound)  # a zero matrix, and epsilon 0
 
 
 def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
@@ -200,35 +238,55 @@ def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
     return "bfloat16" if own == "float32" and quick_in_bfloat16(x) else own
 
 
-def _plain(x: Array, triples: tuple[Triple, ...]) -> Array:
-    """The iteration as written; x is (..., short, long)."""
+def _gram(x: Array) -> Array:
+    return symmetric_matmul(x, x.mT)
+
+
+def _plain(start: Start, triples: tuple[Triple, ...]) -> Array:
+    """The iteration as written, for x of shape (..., short, long)."""
+    x, factor, g = start
     for a, b, c in triples:
-        g = gram(x)
-        x = add_matmul(x, add_matmul(g, g, g, b, c, symmetric=True), x, a, 1.0)
+        g = _gram(x) if g is None else g
+        s = add_matmul(g, g, g, b, c, symmetric=True)
+        # With a on the diagonal one product is all; in half precision it would round what is added to it.
+        x = add_matmul(x, s, x, a, 1.0) if dtype_name(x) in HALF else _times(add_identity(s, a), factor) @ x
+        factor = g = None
     return x
 
 
-def _by_gram(x: Array, triples: tuple[Triple, ...]) -> Array:
+def _times(p: Array, factor: Array | None) -> Array:
+    return p if factor is None else p * factor
+
+
+def _by_gram(start: Start, triples: tuple[Triple, ...]) -> Array:
     """The same on the (short, short) side: Q = p_k(G_k) ... p_1(G_1) with G_{i+1} = p_i(G_i) G_i p_i(G_i), and then Q X.
 
     All of these are polynomials in G_1 = X X^T: they commute, and every product of them is symmetric. Rounding leaves G_1
     with eigenvalues slightly off, and the steps amplify that, so it is made anew from X after every block of steps (Zhang,
     Amsel, Chen & Dao 2026).
     """
+    x, factor, g = start
     half = dtype_name(x) in HALF
     for block in _blocks(triples, _AMPLIFICATION[0] if half else _AMPLIFICATION[1]):
-        g = gram(x)
-        (a, b, c), *others = block
-        s = add_matmul(g, g, g, b, c, symmetric=True)
-        q = s + a * identity_like(g)
-        for next_a, b, c in others:
-            g = add_matmul(g, s, g, a, 1.0, symmetric=True)
-            g = add_matmul(g, s, g, a, 1.0, symmetric=True)
-            a = next_a
+        g = _gram(x) if g is None else g
+        q = None
+        for k, (a, b, c) in enumerate(block, 1):
             s = add_matmul(g, g, g, b, c, symmetric=True)
-            q = add_matmul(q, s, q, a, 1.0, symmetric=True)
-        x = q @ x
+            if half:  # what is added to the diagonal would be rounded
+                q = add_identity(copied(s), a) if q is None else _sum_times(s, a, q)
+                g = _sum_times(s, a, _sum_times(s, a, g)) if k < len(block) else g
+            else:
+                p = add_identity(s, a)
+                q = p if q is None else symmetric_matmul(p, q)
+                g = symmetric_matmul(p, symmetric_matmul(p, g)) if k < len(block) else g
+        x = _times(q, factor) @ x
+        factor = g = None
     return x
+
+
+def _sum_times(s: Array, a: float, g: Array) -> Array:
+    """``(s + a I) g`` of matrices that commute."""
+    return add_matmul(g, s, g, a, 1.0, symmetric=True)
 
 
 def _blocks(triples: tuple[Triple, ...], limit: float) -> list[list[Triple]]:
