@@ -1,7 +1,9 @@
 """The engine: compiled loops give what the rules give, whatever the arrays."""
 
+import copy
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 import optimisers as opt
-from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_exact
-from optimisers.engine import build, loops
+from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_exact, raw
+from optimisers.engine import build, dense, group, loops
+from optimisers.engine import held as held_module
 from optimisers.rules._base import TransformingRule, walk
 from table import MeanScaled, SignedRoot, cases
 
@@ -334,3 +337,137 @@ def test_arrays_whose_numbers_differ_are_told_apart(rules, switch):
     for key in found[0]:
         np.testing.assert_allclose(found[1][key], found[0][key], rtol=1e-15)
         np.testing.assert_allclose(found[2][key], found[0][key], rtol=1e-15)
+
+
+# --- steps that are alike --------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_tells_what_a_tensor_is():
+    def kinds():
+        yield torch.ones(4, 3)
+        yield torch.ones(3, 4).t()
+        yield torch.ones(4, 6)[:, ::2]
+        yield torch.ones(12)
+        yield torch.ones(2, 4, 3)
+        yield torch.ones(4, 3, dtype=torch.float64)
+        yield torch.ones(4, 3, requires_grad=True)
+        yield torch.nn.Parameter(torch.ones(4, 3))
+        yield torch.ones(4, 3, device="meta")
+        yield torch.ones(4, 3).to_sparse()
+        yield torch._neg_view(torch.ones(4, 3))
+
+    usual = [torch.ones(4, 3), torch.ones(2)]
+    guard = dense.guard_of(usual)
+    assert guard(*usual)
+    assert guard(torch.zeros(4, 3), torch.zeros(2))
+    assert [guard(x, torch.ones(2)) for x in kinds()] == [True] + [False] * 10
+    assert not guard(None, torch.ones(2))
+    assert not guard(np.ones((4, 3)), torch.ones(2))
+    same = torch.ones(4, 3)
+    assert dense.guard_of([same, same]) is None
+
+
+def steps_with(changes, update, *, guards=True, monkeypatch=None):
+    """The bytes after each step of a line in which the gradients, or the model, change as told."""
+    if not guards:
+        monkeypatch.setattr(group, "guard_of", lambda _: None)
+        monkeypatch.setattr(held_module.Lineage, "repeats", property(lambda _: {}, lambda *_: None), raising=False)
+    draw = Draw("torch", "float32", 5)
+    model = {"a": draw(4, 3), "b": draw(50), "c": draw(1)}
+    state = opt.setup(opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.Adam(0.1)), model)
+    grads = {name: draw(*x.shape) for name, x in model.items()}
+    found = []
+    for change in changes:
+        state, model, grads = change(state, model, grads, draw)
+        state, model = update(state, model, grads)
+        found.append(raw([state, model]))
+    return found
+
+
+def same(state, model, grads, draw):
+    return state, model, grads
+
+
+def new_gradients(state, model, grads, draw):
+    return state, model, {name: draw(*x.shape) for name, x in model.items()}
+
+
+def moved(state, model, grads, draw):
+    return state, {name: x.clone() for name, x in model.items()}, grads
+
+
+def absent(state, model, grads, draw):
+    return state, model, grads | {"b": None}
+
+
+def double(state, model, grads, draw):
+    return state, model, {name: draw(*x.shape).double() for name, x in model.items()}
+
+
+def turned(state, model, grads, draw):
+    return state, model, grads | {"a": draw(3, 4).t()}
+
+
+def another_rate(state, model, grads, draw):
+    return opt.adjust(state, eta=0.03), model, grads
+
+
+def another_rate_for_one(state, model, grads, draw):
+    return opt.adjust(state, eta=0.05, where="b"), model, grads
+
+
+def model_as_gradient(state, model, grads, draw):
+    return state, model, {"a": model["b"][:12].view(4, 3), "b": model["b"], "c": grads["c"]}
+
+
+def copied_state(state, model, grads, draw):
+    return copy.deepcopy(state), model, grads
+
+
+@pytest.mark.parametrize("update", [opt.update, opt.update_])
+def test_what_is_remembered_of_the_last_step_changes_nothing(update, switch, monkeypatch):
+    switch("1")
+    changes = [
+        same, same, same, new_gradients, same, moved, same, absent, same, same, double, double, new_gradients, turned, same,
+        new_gradients, another_rate, another_rate, same, another_rate_for_one, same, model_as_gradient, same, new_gradients,
+        same, model_as_gradient, model_as_gradient, copied_state, same, same,
+    ]  # fmt: skip
+    assert steps_with(changes, update) == steps_with(changes, update, guards=False, monkeypatch=monkeypatch)
+
+
+def test_a_step_that_is_like_the_last_one_prepares_nothing(switch, monkeypatch):
+    switch("1")
+    made = []
+    prepared = loops.Loops.prepared
+    monkeypatch.setattr(loops.Loops, "prepared", lambda *args, **kwargs: made.append(1) or prepared(*args, **kwargs))
+    draw = Draw("torch", "float32")
+    model, grads = ({"a": draw(4, 3), "b": draw(50)} for _ in range(2))
+    state = opt.setup(opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam(0.1)), model)
+    for step in range(6):
+        before = len(made)
+        state, model = opt.update_(state, model, grads)
+        assert step < 2 or len(made) == before  # the first step has no arrays of its own yet, and remembers nothing
+        state = opt.adjust(state, eta=0.1 / (step + 2))
+
+
+def test_lines_that_branch_do_not_share_what_is_remembered(switch):
+    switch("1")
+    draw = Draw("numpy", "float32")
+    start = {"w": draw(4000)}
+    rule = opt.Adam(0.1)
+    state, model = opt.setup(rule, start), start
+    for _ in range(2):
+        state, model = opt.update(state, model, {"w": draw(4000)})
+    grads = [[{"w": draw(4000)} for _ in range(20)] for _ in range(4)]
+
+    def run(line):
+        own, x = state, model
+        for dx in grads[line]:
+            own, x = opt.update(own, x, dx)
+        return x["w"].copy()
+
+    expected = [run(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, range(4)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -46,12 +46,12 @@ from ._kinds import torch_if_loaded as torch_if_loaded
 from ._kinds import working_dtype as working_dtype
 from ._matrices import add_identity as add_identity
 from ._matrices import add_matmul as add_matmul
+from ._matrices import gram as gram
 from ._matrices import matmul as matmul
 from ._matrices import matrix_norm as matrix_norm
 from ._matrices import on_cpu as on_cpu
 from ._matrices import quick_in_bfloat16 as quick_in_bfloat16
 from ._matrices import symmetric_matmul as symmetric_matmul
-from ._matrices import trace as trace
 from ._random import normal as normal
 from ._random import random_bits as random_bits
 from ._random import rounded_at_random as rounded_at_random

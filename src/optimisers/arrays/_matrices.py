@@ -33,11 +33,14 @@ def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float, *, symme
     return beta * c + alpha * (a @ b)
 
 
-def trace(x: Array) -> Array:
-    """The sum of the diagonal of each matrix, of shape (..., 1, 1), in float64."""
+def gram(x: Array) -> tuple[Array, Array]:
+    """``x @ x.mT``, and the sum of the squares of each matrix in float64, of shape (..., 1, 1). Overflow is no warning."""
     if isinstance(x, np.ndarray):
-        return np.trace(x, axis1=-2, axis2=-1, dtype=np.float64)[..., None, None]
-    return x.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=sys.modules["torch"].float64)[..., None, None]
+        with np.errstate(all="ignore"):
+            g = x @ x.mT
+        return g, np.trace(g, axis1=-2, axis2=-1, dtype=np.float64)[..., None, None]
+    g = symmetric_matmul(x, x.mT)
+    return g, g.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=sys.modules["torch"].float64)[..., None, None]
 
 
 def symmetric_matmul(a: Array, b: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from ..rules._precision import map_state, state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree, rebuilt
 from .dense import element_strides, is_loopable
-from .group_step import GroupStep, Missed
+from .group_step import GroupStep
+from .group_track import Missed
 from .held import Held, Lineage, grouped
 from .step import Job, Outcome, Single, quiet, run
 
@@ -147,7 +149,8 @@ def _stepped_by_groups(
                 given[k] = None
         if any(dx is not None for dx in given):
             try:
-                steps[number] = GroupStep(generation, own, given, regular=usual)
+                last = held.lineage.repeats.pop(number, None)
+                steps[number] = GroupStep(generation, own, given, regular=usual, last=last)
             except Untraceable:
                 raise _Refused(group.key) from None
     aside = [*held.loose, *(held.generations[n].group.slots[k] for n, members in odd.items() for k in members)]
@@ -180,6 +183,8 @@ def _stepped_by_groups(
         if number in steps:
             new, made = steps[number].commit(held.lineage.pool, number, lease, in_place=in_place)
             values.update({generation.group.slots[k]: x for k, x in made.items()})
+            if (repeat := steps[number].repeat) is not None:
+                held.lineage.repeats[number] = repeat
         elif in_place:
             new = generation.leased(lease)
         if odd.get(number):
@@ -269,8 +274,10 @@ def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
 
 def _part(lineage: Lineage, steps: Sequence[GroupStep], jobs: dict[int, Job]) -> None:
     """Refuse parameters that are one array now, and copy gradients that lie in memory to be written."""
-    known = [step.fingerprint() for step in steps]
-    if not jobs and lineage.apart == known:
+    known = [step.group.slots for step in steps]
+    before = lineage.apart
+    same = before is not None and len(before) == len(known) and all(map(is_, before, known))
+    if same and not jobs and not any(step.moved for step in steps):
         return
     found = [pair for step in steps for pair in step.writes()]
     if not found:

@@ -14,16 +14,26 @@ from .program import COMPILED
 Vector = np.ndarray[Any, Any]
 
 _address = attrgetter("__array_interface__")
-SHAPE, DTYPE, STRIDES = attrgetter("shape"), attrgetter("dtype"), attrgetter("strides")
-IS_CPU, ALIGNED = attrgetter("is_cpu"), attrgetter("flags.aligned")
+DTYPE = attrgetter("dtype")
+OF_ARRAY, OF_TENSOR = attrgetter("shape", "strides", "flags.aligned"), attrgetter("shape", "is_cpu")
+
+
+def places(arrays: Sequence[Any]) -> list[int]:
+    """The addresses of the first elements of arrays of one library."""
+    if arrays and isinstance(arrays[0], np.ndarray):
+        return [a["data"][0] for a in map(_address, arrays)]
+    torch: Any = torch_if_loaded()
+    return list(map(torch.Tensor.data_ptr, arrays))
 
 
 def addresses_of(arrays: Sequence[Any]) -> Vector:
-    """The addresses of the first elements of arrays of one library."""
-    if arrays and isinstance(arrays[0], np.ndarray):
-        return np.fromiter((a["data"][0] for a in map(_address, arrays)), np.uint64, len(arrays))
-    torch: Any = torch_if_loaded()
-    return np.fromiter(map(torch.Tensor.data_ptr, arrays), np.uint64, len(arrays))
+    """The same as a vector."""
+    return np.array(places(arrays), np.uint64)
+
+
+def native_dtype(library: str, name: str) -> Any:
+    """The dtype of that name."""
+    return np.dtype(name) if library == "numpy" else getattr(torch_if_loaded(), name)
 
 
 def element_strides(x: Any) -> tuple[int, ...]:
@@ -65,6 +75,21 @@ def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+def guard_of(tensors: Sequence[Any]) -> Any:
+    """What tells whether other tensors have the classes, dtypes, devices, shapes, strides and flags of these; or None.
+
+    It is what torch's own compiler asks before it runs what it has compiled: one call for all tensors. It refuses a tensor
+    that is there twice. It is no public function; without it attributes are read one by one.
+    """
+    torch: Any = torch_if_loaded()
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    try:
+        guard = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        return guard.check if guard.check(*tensors) is True else None
+    except (AttributeError, TypeError, RuntimeError, SystemError):
+        return None
+
+
 def is_compiled_dtype(dtypes: set[Any]) -> bool:
     """Whether it is one dtype, and loops are made for it."""
     return (
@@ -72,3 +97,13 @@ def is_compiled_dtype(dtypes: set[Any]) -> bool:
         and str(next(iter(dtypes))).removeprefix("torch.") in COMPILED
         and all(getattr(dtype, "isnative", True) for dtype in dtypes)
     )
+
+
+def laid_out_as(x: Any, dx: Any) -> Any:
+    """dx in memory of its own, with the strides of x."""
+    if isinstance(x, np.ndarray):
+        new = np.empty_like(x, dtype=dx.dtype, subok=False)
+        new[...] = dx
+        return new
+    torch: Any = torch_if_loaded()
+    return torch.empty_strided(x.shape, x.stride(), dtype=dx.dtype, device=x.device).copy_(dx.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .group import Group
 from .memory import Column, Pool
 from .program import COMPILED
 from .trace import filled, form_of, nesting, structure_of_rule
+
+if TYPE_CHECKING:
+    from .group_step import Repeat
 
 COMPILE_FROM = 2**12
 """Elements from which on a group is worth a compilation at once."""
@@ -104,7 +107,8 @@ class Lineage:
         again: the step from which on groups that were left out are considered again.
         misses: how many steps in a row measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
-        apart: where everything lay when no gradient was found in memory to be written.
+        repeats: how each group was stepped last, by its number; taken out while it is being stepped.
+        apart: the groups of the last step, by their slots, if none of its gradients lay in memory to be written.
 
     """
 
@@ -114,7 +118,8 @@ class Lineage:
         self.again = COMPILE_AFTER
         self.misses = 0
         self.refused: set[Any] = set()
-        self.apart: list[tuple[Any, ...]] | None = None
+        self.repeats: dict[int, Repeat] = {}
+        self.apart: list[list[int]] | None = None
 
     def __deepcopy__(self, memo: Any) -> Lineage:
         return Lineage()
@@ -202,7 +207,13 @@ class Held:
 
     def ended(self, heads: Sequence[Entry]) -> bool:
         """Whether ``update_`` has taken over memory of these states."""
-        return any(lease.ended for lease in self.leases()) or any(heads[i].lease.ended for i in self.loose)
+        if self.lease.ended:
+            return True
+        for generation in self.generations:
+            for column in generation.columns:
+                if column.lease.ended or any(lease.ended for lease in column.older.values()):
+                    return True
+        return any(heads[i].lease.ended for i in self.loose)
 
     def with_heads(self, heads: Sequence[Entry]) -> Held | None:
         """The same states with other rules; None if they cannot be held by group any more."""

@@ -242,7 +242,9 @@ class Column:
 
     def is_own(self) -> bool:
         """Whether it lies in blocks to which nobody else refers, and so may be written."""
-        return not self._given and self._blocks is not None and all(block.is_held_once() for block, _ in self._blocks[1])
+        if self._given or self._blocks is None:
+            return False
+        return all(block.is_held_once() for block, _ in self._blocks[1])
 
     def addresses(self) -> Vector:
         """Those of the first elements, now: torch moves the memory of tensors that are shared with other processes."""
@@ -267,8 +269,7 @@ class Column:
     def leased(self, lease: Lease) -> Column:
         """The same memory, taken over by a new lease."""
         new = object.__new__(Column)
-        for name in self.__dict__:
-            setattr(new, name, getattr(self, name))
+        new.__dict__.update(self.__dict__)
         new.lease, new.older = lease, {}
         return new
 

@@ -18,7 +18,7 @@ from ..arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, work
 from ..rules._precision import state_leaves, usable_in_float16
 from .dense import is_dense
 from .group import Group, Variant, hyper_of, inner
-from .group_step import Missed, waits
+from .group_track import Missed, waits
 from .interpret import Run, Script
 from .layout import flat
 from .program import Boundary, Part
@@ -133,7 +133,6 @@ class Bucket(Group):
         self.template = jobs[0].state
         self.sizes = np.array([job.x.numel() for job in jobs], np.int64)
         self.count = len(jobs)
-        self._base = None, None, []
         self.arrays = [i for i, part in enumerate(form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(form) if part.form != "array"]
 

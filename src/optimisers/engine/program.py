@@ -79,6 +79,8 @@ class Program:
         numbers: the new numbers of the state, by name.
         schedules: numbers that follow schedules.
         columns: the inputs, by name: hyper-parameters, numbers of the state, the element count, measures, sums.
+        hypers: how many of them are hyper-parameters.
+        counters: which of them are the numbers of the state.
         exact: whether it gives the rule's own bits.
         steps: whether the parameter moves.
         dtypes: those of the arrays, by name.
@@ -96,6 +98,7 @@ class Program:
     numbers: dict[str, Traced]
     schedules: list[Schedule]
     columns: dict[str, int]
+    hypers: int
     exact: bool
     steps: bool
     arrays: tuple[str, ...]
@@ -109,6 +112,7 @@ class Program:
         self.pointers = [*self.arrays, *(f"new {name}" for name in stores)]
         self.targets = {name: len(self.arrays) + k for k, name in enumerate(stores)}
         self.trailing = bool(self.boundaries) and isinstance(self.boundaries[-1], Transform) and not self.before[-1]
+        self.counters = slice(self.hypers, self.columns["count"])
         self.counting = Tape(list(self.numbers.values()), self.columns)
         self.measuring = [
             Tape(boundary.values if isinstance(boundary, Boundary) else (), self.columns) for boundary in self.boundaries
@@ -160,8 +164,9 @@ def program_of(
     columns = {name: i for i, name in enumerate(names)}
     last = Pass(stores=stores)
     return Program(
-        tracer.guards, boundaries, before, last, numbers, schedules, columns, tracer.exact, steps, arrays, kinds, tracer.library
-    )
+        tracer.guards, boundaries, before, last, numbers, schedules, columns, hypers, tracer.exact, steps, arrays, kinds,
+        tracer.library,
+    )  # fmt: skip
 
 
 def _passes(targets: list[Traced], done: dict[int, str], names: list[str]) -> list[Pass]:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..arrays import (
     HALF,
     Array,
@@ -18,6 +16,7 @@ from ..arrays import (
     cast_to,
     copied,
     dtype_name,
+    gram,
     is_complex,
     is_inexact,
     is_number,
@@ -28,7 +27,6 @@ from ..arrays import (
     quick_in_bfloat16,
     sqrt,
     symmetric_matmul,
-    trace,
     where,
     working_dtype,
 )
@@ -210,9 +208,7 @@ def _start(x: Array, ns: NewtonSchulz, dtype: str) -> Start:
     """
     own = dtype_name(x)
     if own == dtype and on_cpu(x) and can_read(x):
-        with np.errstate(all="ignore"):
-            g = _gram(x)
-        squares = trace(g)
+        g, squares = gram(x)
         low, high = _SAFE[own]
         if bool(((squares > low) & (squares < high)).all()):
             factor = cast_to(1 / _bound(sqrt(squares), ns), own)
@@ -238,15 +234,11 @@ def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
     return "bfloat16" if own == "float32" and quick_in_bfloat16(x) else own
 
 
-def _gram(x: Array) -> Array:
-    return symmetric_matmul(x, x.mT)
-
-
 def _plain(start: Start, triples: tuple[Triple, ...]) -> Array:
     """The iteration as written, for x of shape (..., short, long)."""
     x, factor, g = start
     for a, b, c in triples:
-        g = _gram(x) if g is None else g
+        g = symmetric_matmul(x, x.mT) if g is None else g
         s = add_matmul(g, g, g, b, c, symmetric=True)
         # With a on the diagonal one product is all; in half precision it would round what is added to it.
         x = add_matmul(x, s, x, a, 1.0) if dtype_name(x) in HALF else _times(add_identity(s, a), factor) @ x
@@ -268,7 +260,7 @@ def _by_gram(start: Start, triples: tuple[Triple, ...]) -> Array:
     x, factor, g = start
     half = dtype_name(x) in HALF
     for block in _blocks(triples, _AMPLIFICATION[0] if half else _AMPLIFICATION[1]):
-        g = _gram(x) if g is None else g
+        g = symmetric_matmul(x, x.mT) if g is None else g
         q = None
         for k, (a, b, c) in enumerate(block, 1):
             s = add_matmul(g, g, g, b, c, symmetric=True)

@@ -1,0 +1,216 @@
+"""The arrays of a group that one program steps: its passes, measures and transforms in their order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Tape, Traced, dtype_name, torch_if_loaded
+from ..errors import RuleError, locating
+from ..rules._base import MeasuredRule
+from ..rules._norm import NormRule
+from .dense import Vector, addresses_of, element_strides, laid_out_as, native_dtype
+from .group import Columns, Group, Stack, Variant, holding, inner
+from .loops import Table, address
+from .memory import Column
+from .program import Boundary, Program, Transform
+from .step import Request, Track
+
+
+class Missed(Exception):  # noqa: N818 (a signal)
+    """A measure came out otherwise than the program was traced for, so the rules themselves have to be run."""
+
+
+class GroupTrack(Track):
+    """The parameters of a group that one program steps."""
+
+    def __init__(self, group: Group, variant: Variant, members: Vector, matrix: Vector) -> None:
+        # Not the step itself, nor any array: that would keep old parameters alive, and their memory from being used again.
+        self.group, self.variant, self.program = group, variant, variant.program
+        self.members, self.matrix = members, matrix
+        self.whole = len(members) == group.count
+        self.work = group.work(members)
+        self.pointers = np.zeros((group.count, len(self.program.pointers)), np.uint64)
+        # Views of the matrix, which is the same in every step; so they are made once.
+        self._columns = dict(Columns(matrix, self.program.columns)) if self.whole else None
+        self._at: dict[int, Vector] = {}
+        self._calls: dict[tuple[int, int, bool], tuple[Table, Any]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rule = self.group.rules[int(self.members[0])]
+        self.loops = self.variant.loops()
+        self.passed = Counter()
+        self._asked = 0
+        self._pass = 0
+        self._storing = 0  # the pass that stores what the last transform is given
+        self._transformed: list[Any] = []  # what others are still to read
+        self._checked: list[tuple[Boundary, list[Any]]] = []
+
+    def renew(self, group: Group, counters: Vector) -> bool:
+        """Take the numbers of the next step, of the same parameters; False if another program is to be chosen for them."""
+        group.fill(self.matrix, self.program, counters, self.members, hyper=group is not self.group)
+        self.group, loops = group, self.loops
+        self._begin()
+        if loops is not self.loops:
+            self._calls.clear()
+        return holding(self.program, self.matrix, self.members) is None
+
+    def paths(self) -> list[str]:
+        return [self.group.paths[int(i)] for i in self.members]
+
+    def point(self, *addresses: Vector) -> None:
+        """Take the addresses of what is read: parameters, gradients, states."""
+        for column, found in enumerate(addresses):
+            self._point(column, found)
+
+    def _point(self, column: int, found: Vector) -> None:
+        if self._at.get(column) is not found:
+            self.pointers[:, column] = found
+            self._at[column] = found
+
+    def _call(self, index: int, work: Table, *, stack: int = -1, apart: bool = False) -> list[Any]:
+        """Run a pass over all arrays, or over a stack of them."""
+        known, call = self._calls.get((index, stack, apart), (None, None))
+        if known is not work:
+            call = self.loops.prepared(index, work, self.pointers, self.matrix, apart=apart)
+            self._calls[index, stack, apart] = work, call
+        return call()  # type: ignore[misc, no-any-return]
+
+    def advance(self, answer: Any) -> Request | None:
+        program = self.program
+        if answer is not None:
+            boundary = program.boundaries[self._asked - 1]
+            for name, value in zip(boundary.names or (), answer, strict=True):
+                self.matrix[:, program.columns[name]] = float(value)
+            self._check_guards()
+        while self._asked < len(program.boundaries):
+            boundary = program.boundaries[self._asked]
+            self._sum(self._asked)
+            self._asked += 1
+            if isinstance(boundary, Transform):
+                if not (program.trailing and self._asked == len(program.boundaries)):
+                    for number, stack in enumerate(self.group.stacks(self.members, boundary.where)):
+                        self._transformed.append(self._transform(boundary, stack, number))
+                continue
+            rule: Any = inner(self.rule, boundary.where)
+            if rule.checks or boundary.names is not None:
+                values = self._run(program.measuring[self._asked - 1])
+                if rule.checks:
+                    self._checked.append((boundary, values))
+                if boundary.names is not None:
+                    return Request(rule, list(zip(*values, strict=True)))
+        self._sum(self._asked)
+        return None
+
+    def _sum(self, boundary: int) -> None:
+        """Run the passes that a measure needs."""
+        for this in self.program.before[boundary]:
+            if this.stores:  # run for a stack at a time
+                self._storing, self._pass = self._pass, self._pass + 1
+                continue
+            sums = self._call(self._pass, self.work)
+            self._pass += 1
+            for node, values in zip(this.reductions, sums, strict=True):
+                self.matrix[self.members, self.program.columns[node.value]] = values
+
+    def _transform(self, boundary: Transform, stack: Stack, number: int) -> Any:
+        """Transform some of the arrays. What comes is read at its address, so it is to be kept until then."""
+        group, targets = self.group, self.program.targets
+        dtype = native_dtype(group.library, self.program.dtypes[boundary.target])
+        given, start = _buffer(stack, dtype)
+        size = np.uint64(dtype.itemsize)
+        self.pointers[stack.members, targets[boundary.target]] = np.uint64(start) + stack.offsets * size
+        self._call(self._storing, stack.work, stack=number)
+        rule: Any = inner(group.rules[stack.members[0]], boundary.where)
+        more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
+        with locating(group.paths[stack.members[0]] + more):
+            found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
+            if tuple(found.shape) != stack.shape or found.dtype != dtype:
+                got = f"shape {tuple(found.shape)} and dtype {dtype_name(found)}"
+                msg = f"{rule!r} made {got} of an array of shape {stack.shape} and dtype {dtype_name(given)}"
+                raise RuleError(msg)
+        if element_strides(found) != stack.strides:
+            found = laid_out_as(given, found)
+        self.pointers[stack.members, self.program.arrays.index(boundary.source)] = addresses_of([found]) + stack.offsets * size
+        return found
+
+    def _run(self, tape: Tape) -> list[Vector]:
+        """Numbers for each member."""
+        given = self._columns or Columns(self.matrix[self.members], self.program.columns)
+        values = tape.run(given)
+        return [value if isinstance(value, np.ndarray) else np.full(len(self.members), value) for value in values]
+
+    def _check_guards(self) -> None:
+        """Raise Missed unless what was decided from measures still holds."""
+        if self.program.late:
+            known = [(node, value) for node, value in self.program.late if not waits(node, self.program, self._asked)]
+            found = self._run(Tape([node for node, _ in known], self.program.columns))
+            if any((value != expected).any() for value, (_, expected) in zip(found, known, strict=True)):
+                raise Missed
+
+    def finite_checks(self) -> list[str]:
+        faults = []
+        for boundary, values in self._checked:
+            rule: Any = inner(self.rule, boundary.where)
+            usual = type(rule).fault in {MeasuredRule.fault, NormRule.fault}
+            if usual and all(np.isfinite(value).all() for value in values):
+                continue
+            for k, member in enumerate(self.members):
+                own: Any = inner(self.group.rules[int(member)], boundary.where)
+                fault = own.fault(tuple(float(value[k]) for value in values))
+                if fault is not None:
+                    faults.append(f"{type(own).__name__} at {self.group.paths[int(member)]!r}: {fault}")
+        return faults
+
+    def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
+        """Run the last pass. New parameters go to ``new_xs``, or into the old ones."""
+        group, targets = self.group, self.program.targets
+        if not targets:
+            return
+        for k, i in enumerate(group.arrays):
+            if f"s{i}" in targets:
+                self._point(targets[f"s{i}"], columns[k].addresses())
+        if self.program.steps:
+            if new_xs is None:
+                self._point(targets["x"], self._at[0])
+            else:
+                self.pointers[self.members, targets["x"]] = addresses_of([new_xs[i] for i in self.members.tolist()])
+                self._at.pop(targets["x"], None)
+        apart = new_xs is not None
+        if not self.program.trailing:
+            self._call(self._pass, self.work, apart=apart)
+            return
+        boundary: Any = self.program.boundaries[-1]
+        for number, stack in enumerate(group.stacks(self.members, boundary.where)):  # so that only one is held at a time
+            found = self._transform(boundary, stack, number)
+            self._call(self._pass, stack.work, stack=number, apart=apart)
+            del found
+
+    def count(self, counters: Vector) -> None:
+        """Write the new numbers of the state."""
+        if self.program.numbers:
+            given = self._columns or Columns(self.matrix[self.members], self.program.columns)
+            chosen: Any = slice(None) if self.whole else self.members
+            for k, values in enumerate(self.program.counting.run(given)):
+                counters[chosen, k] = values
+
+
+def waits(node: Traced, program: Program, asked: int) -> bool:
+    """Whether a number depends on a measure that is yet to be combined."""
+    ahead = {name for boundary in program.boundaries[asked:] for name in boundary.names or ()}
+    return (node.op == "number" and node.value in ahead) or any(waits(arg, program, asked) for arg in node.args)
+
+
+def _buffer(stack: Stack, dtype: Any) -> tuple[Any, int]:
+    """Memory for a stack, and its address."""
+    if isinstance(dtype, np.dtype):
+        memory = np.empty(stack.work.elements, dtype)
+        strides = tuple(s * dtype.itemsize for s in stack.strides)
+        return np.ndarray(stack.shape, dtype, memory, 0, strides), address(memory)
+    torch: Any = torch_if_loaded()
+    memory = torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device="cpu")
+    return memory, memory.data_ptr()
