@@ -165,15 +165,19 @@ def test_threads_step_states_of_their_own(lib):
 
 FORKING = """
 import multiprocessing
+import sys
 import numpy as np
 import optimisers as opt
 
 def step(queue, state, model):
     for _ in range(3):
         state, model = opt.update(state, model, model)
-    queue.put(model[::100000].tobytes())
+    queue.put(np.asarray(model)[::100000].tobytes())
 
 model = np.ones(2**19, np.float32)  # large enough for threads, which a child does not have
+if "torch" in sys.argv:
+    import torch
+    model = torch.from_numpy(model)
 state = opt.setup(opt.Adam(), model)
 state, model = opt.update(state, model, model)
 queue = multiprocessing.get_context("fork").SimpleQueue()
@@ -186,9 +190,10 @@ assert child.exitcode == 0 and queue.get() == found
 """
 
 
-def test_a_forked_process_steps_on():
+@pytest.mark.parametrize("lib", ["numpy", "torch"])
+def test_a_forked_process_steps_on(lib):
     # In a process of its own: libraries that other tests import warn of any fork.
-    subprocess.run([sys.executable, "-c", FORKING], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=120)
+    subprocess.run([sys.executable, "-c", FORKING, lib], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=120)
 
 
 @pytest.mark.parametrize("update", [opt.update, opt.update_])

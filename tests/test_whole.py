@@ -242,3 +242,20 @@ def test_a_transform_that_changes_the_shape_is_an_error(way, switch):
     with pytest.raises(opt.RuleError, match=r"Growing\(\) made shape \(2, 6, 1\).*of an array of shape \(2, 6, 4\)"):
         opt.update_(state, model, model)
     assert all((x == 1).all() for x in model.values())
+
+
+@pytest.mark.parametrize("way", ["rules", "0", "1"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_blocks_that_do_not_fit_are_found_before_anything_is_written(kind, way, switch):
+    switch(way)
+    rng = np.random.default_rng(0)
+    model = {"a": drawn((6, 4), kind, "float32", rng), "b": drawn((8, 4), kind, "float32", rng)}
+    before = {name: numpy_of(x).copy() for name, x in model.items()}
+    state = opt.setup(opt.Muon(blocks=2), model)
+    state, model = opt.update_(state, model, {name: 0 * x for name, x in model.items()})
+    wrong = opt.adjust(state, blocks=3)
+    with pytest.raises(opt.RuleError, match=r"blocks=3 does not divide the output axis of shape \(8, 4\)"):
+        opt.update_(wrong, model, model)
+    state, model = opt.update_(opt.adjust(state, lambda_=0.0), model, {name: 0 * x for name, x in model.items()})
+    for name, x in model.items():
+        np.testing.assert_allclose(numpy_of(x), before[name], rtol=1e-3)

@@ -165,7 +165,7 @@ def _stepped_by_groups(
         singles = {i: Single(job) for i, job in jobs.items()}
         run([*singles.values(), *packed, *(track for step in steps.values() for track in step.tracks)])
         outcomes = {i: single.outcome() for i, single in singles.items()}
-    # From here on nothing can fail, and memory is written.
+    # From here on nothing can fail, but for lack of memory, and memory is written.
     lease = Lease()
     if in_place:
         for old in held.leases():

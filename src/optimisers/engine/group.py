@@ -127,9 +127,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper = rules, hyper_of(rules)
-        if len(set(map(id, rules))) > 1:  # they may differ in more than they did
-            new._stacks = {}
+        new.rules, new.hyper, new._stacks = rules, hyper_of(rules), {}
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -184,7 +182,10 @@ class Group:
         return self._whole
 
     def stacks(self, members: Vector, where: Place) -> list[Stack]:
-        """Some of the parameters by what the rules that stand where can transform together; of all of them they are kept."""
+        """Some of the parameters by what the rules that stand where can transform together; of all of them they are kept.
+
+        RuleError if a rule cannot transform its parameter.
+        """
         if len(members) != self.count:
             return self._stacked(members, where)
         if where not in self._stacks:
@@ -203,6 +204,8 @@ class Group:
             alone += in_stacks(like, int(self.sizes[like[0]]), CPU_STACK)
         stacks = []
         for chosen in alone:
+            with locating(self.paths[chosen[0]]):
+                inner(self.rules[chosen[0]], where).check(self.shapes[chosen[0]])
             size, shape, strides = int(self.sizes[chosen[0]]), self.shapes[chosen[0]], self.strides[chosen[0]]
             if len(chosen) > 1:
                 shape, strides = (len(chosen), *shape), (size, *strides)

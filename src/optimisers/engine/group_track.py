@@ -47,6 +47,7 @@ class GroupTrack(Track):
         self._asked = 0
         self._pass = 0
         self._storing = 0  # the pass that stores what the last transform is given
+        self._stacks: list[Stack] = []
         self._transformed: list[Any] = []  # what others are still to read
         self._checked: list[tuple[Boundary, list[Any]]] = []
 
@@ -92,9 +93,9 @@ class GroupTrack(Track):
             self._sum(self._asked)
             self._asked += 1
             if isinstance(boundary, Transform):
+                self._stacks = self.group.stacks(self.members, boundary.where)
                 if not (program.trailing and self._asked == len(program.boundaries)):
-                    for number, stack in enumerate(self.group.stacks(self.members, boundary.where)):
-                        self._transformed.append(self._transform(boundary, stack, number))
+                    self._transformed += [self._transform(boundary, stack, k) for k, stack in enumerate(self._stacks)]
                 continue
             rule: Any = inner(self.rule, boundary.where)
             if rule.checks or boundary.names is not None:
@@ -183,11 +184,12 @@ class GroupTrack(Track):
         apart = new_xs is not None
         if not self.program.trailing:
             self._call(self._pass, self.work, apart=apart)
+            self._transformed = []
             return
         boundary: Any = self.program.boundaries[-1]
-        for number, stack in enumerate(group.stacks(self.members, boundary.where)):  # so that only one is held at a time
-            found = self._transform(boundary, stack, number)
-            self._call(self._pass, stack.work, stack=number, apart=apart)
+        for k, stack in enumerate(self._stacks):  # so that only one is held at a time
+            found = self._transform(boundary, stack, k)
+            self._call(self._pass, stack.work, stack=k, apart=apart)
             del found
 
     def count(self, counters: Vector) -> None:

@@ -248,6 +248,9 @@ class CompositeRule(AbstractRule):
 class TransformingRule(CompositeRule):
     """A stackable rule whose stages ask for ``Whole(self, array)``."""
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise RuleError unless arrays of this shape can be transformed: asked before anything is written."""
+
     @abstractmethod
     def transform(self, u: Array) -> Array:
         """What becomes of a whole array, in its shape and dtype."""

@@ -55,8 +55,11 @@ class Orthogonalise(TransformingRule):
             need = f"at least {self.batch_dims + 2} dimensions (batch_dims={self.batch_dims} and a matrix)"
             msg = f"Orthogonalise needs {need}, got shape {tuple(x.shape)}; route other arrays to another rule"
             raise RuleError(msg)
-        block_sizes(self, x)
+        self.check(tuple(x.shape))
         return None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_sizes(self, shape)
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         return state, (yield Whole(self, dx))
@@ -83,9 +86,9 @@ def matrix_shape(shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:
     return (*lead, rest[0], math.prod(rest[1:]))
 
 
-def block_sizes(rule: Any, x: Array) -> tuple[int, ...]:
+def block_sizes(rule: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes of the blocks along the output axis of the matrix; RuleError if they do not make up the axis."""
-    shape = tuple(int(n) for n in x.shape)
+    shape = tuple(int(n) for n in shape)
     lead = rule.batch_dims
     output = shape[lead] if rule.layout == "out_in" else shape[lead + 1]
     if isinstance(rule.blocks, tuple):
@@ -109,7 +112,7 @@ def matrix_step(rule: Any, u: Array) -> Array:
     """u orthogonalised block by block and scaled, in its own shape."""
     shape = tuple(u.shape)
     matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
-    sizes = block_sizes(rule, u)
+    sizes = block_sizes(rule, shape)
     rows_first = rule.layout == "out_in"
     if len(sizes) == 1:
         return sign_times(_scale(rule, matrix), matrix, rule.ns).reshape(shape)

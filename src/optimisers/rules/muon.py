@@ -125,7 +125,7 @@ class Muon(TransformingRule):
         if is_complex(x):
             msg = "Muon cannot orthogonalise a complex matrix; choose another rule for it, with Route or fallback"
             raise RuleError(msg)
-        block_sizes(self, x)
+        self.check(tuple(x.shape))
         return (zeros_like(x), self.mu) if self.momentum == "ema_debiased" else zeros_like(x)
 
     def init_as(self, x: Array, dtype: str) -> State:
@@ -137,6 +137,9 @@ class Muon(TransformingRule):
         state, u = self._momentum(state, dx)
         direction = yield Whole(self, u)
         return state, self.eta * add_multiple(direction, x, self.lambda_)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_sizes(self, shape)
 
     def transform(self, u: Array) -> Array:
         return matrix_step(self, u)
