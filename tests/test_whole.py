@@ -114,17 +114,18 @@ def transformed(monkeypatch):
 def test_alike_arrays_are_transformed_as_stacks_of_bounded_size(kind, switch, monkeypatch):
     switch("1")
     shapes = transformed(monkeypatch)
-    monkeypatch.setattr(group, "ALONE_FROM", 30)
-    monkeypatch.setattr(group, "CPU_STACK", 60)
+    monkeypatch.setattr(group, "ALONE_FROM", 40)
+    monkeypatch.setattr(group, "CPU_STACK", 80)
     rng = np.random.default_rng(0)
     model = {str(i): drawn((6, 4), kind, "float32", rng) for i in range(5)}
-    model |= {"large": drawn((6, 5), kind, "float32", rng), "turned": drawn((6, 4), kind, "float32", rng, order=(1, 0))}
+    model |= {f"larger {i}": drawn((6, 6), kind, "float32", rng) for i in range(3)}
+    model |= {"large": drawn((6, 7), kind, "float32", rng), "turned": drawn((6, 4), kind, "float32", rng, order=(1, 0))}
     state = opt.setup(opt.Muon(), model)
     state, model = opt.update_(state, model, model)
-    assert sorted(shapes) == sorted([(2, 6, 4), (2, 6, 4), (6, 4), (6, 5), (6, 4)])
+    assert sorted(shapes) == sorted([(3, 6, 4), (2, 6, 4), (2, 6, 6), (6, 6), (6, 7), (6, 4)])
     shapes.clear()
     opt.update_(state, model, model | {"0": None, "large": None})
-    assert sorted(shapes) == sorted([(2, 6, 4), (2, 6, 4), (6, 4)])
+    assert sorted(shapes) == sorted([(3, 6, 4), (6, 4), (2, 6, 6), (6, 6), (6, 4)])
 
 
 def test_only_one_stack_is_in_memory_at_a_time(switch, monkeypatch):

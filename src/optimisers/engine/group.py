@@ -19,10 +19,13 @@ from .dense import DTYPE, OF_ARRAY, OF_TENSOR, Vector, element_strides, guard_of
 from .loops import Loops, Table, table
 from .memory import Layout
 from .program import Place, Program, Schedule
-from .stacked import ALONE_FROM, CPU_STACK, in_stacks, likeness
+from .stacked import CPU_STACK, in_stacks, likeness
 from .trace import filled, numbers_of, structure_of_rule, trace
 
 _VARIANTS = 16
+# Where nothing is copied for it, also large arrays are transformed by twos: products of two matrices at a time are a tenth
+# quicker than one after the other. From this size on they are not.
+ALONE_FROM = 2**20
 _GUARDINGS = 4  # how often guards are made, which takes as long as ten steps without them
 
 
@@ -201,7 +204,7 @@ class Group:
             else:
                 alone.append([i])
         for like in found.values():
-            alone += in_stacks(like, int(self.sizes[like[0]]), CPU_STACK)
+            alone += in_stacks(like, int(self.sizes[like[0]]), CPU_STACK, least=2)
         stacks = []
         for chosen in alone:
             with locating(self.paths[chosen[0]]):

@@ -55,9 +55,9 @@ def stackable_groups(requests: Sequence[Together]) -> list[list[int]]:
     return groups
 
 
-def in_stacks(members: list[int], size: int, limit: int) -> list[list[int]]:
-    """Arrays of so many elements, cut into stacks of no more than the limit."""
-    count = max(1, limit // max(1, size))
+def in_stacks(members: list[int], size: int, limit: int, least: int = 1) -> list[list[int]]:
+    """Arrays of so many elements, cut into stacks of no more than the limit, or of so many arrays at least."""
+    count = max(least, limit // max(1, size))
     return [members[k : k + count] for k in range(0, len(members), count)]
 
 
