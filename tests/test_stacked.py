@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import optimisers as opt
-from golden_data import made, numpy_of
+from golden_data import made
+from matrices import assert_alike, drawn, trained
 from optimisers.arrays import share_memory
 from optimisers.engine import stacked
 from optimisers.engine.stacked import stackable_groups
@@ -45,41 +46,9 @@ def stacks(monkeypatch):
     return sizes
 
 
-def drawn(shape, kind, dtype, rng):
-    x = rng.normal(size=shape)
-    return torch.tensor(x).to(getattr(torch, dtype)) if kind == "torch" else x.astype(dtype)
-
-
 def model_of(kind, dtype, rng):
     model = {f"w{i}": drawn((6, 4), kind, dtype, rng) for i in range(6)}
     return model | {"tied": model["w1"], "wide": drawn((4, 6), kind, dtype, rng), "wide2": drawn((4, 6), kind, dtype, rng)}
-
-
-def trained(rule, kind, dtype, update):
-    """A few steps with an absent gradient, a frozen array, tied ones, and an adjustment on the way."""
-    rng = np.random.default_rng(0)
-    model = model_of(kind, dtype, rng)
-    state = opt.freeze(opt.setup(rule, model), where="w3")
-    for step in range(5):
-        grads = {name: drawn(x.shape, kind, dtype, rng) for name, x in model.items()}
-        if step == 1:
-            grads["w0"] = None
-        if step == 2:
-            state = opt.thaw(state)
-        if step == 3 and not isinstance(rule, (opt.Scheduled, opt.Orthogonalise)):
-            state = opt.adjust(state, 0.05, where="w[45]")
-        state, model = update(state, model, grads)
-    return state, model
-
-
-def assert_alike(a, b, dtype):
-    for x, y in zip(a, b, strict=True):
-        if isinstance(x, (int, float)):
-            assert x == y
-        else:
-            assert x.dtype == y.dtype
-            ours, theirs = (numpy_of(v.double() if isinstance(v, torch.Tensor) else v) for v in (x, y))
-            np.testing.assert_allclose(ours, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("update", [opt.update, opt.update_], ids=["pure", "in place"])
@@ -88,16 +57,16 @@ def assert_alike(a, b, dtype):
 )
 @rules
 def test_a_stack_is_stepped_as_each_array_alone(rule, kind, dtype, update, stacks, monkeypatch):
-    state, model = trained(rule, kind, dtype, update)
+    state, model = trained(rule, model_of, kind, dtype, update)
     assert max(stacks) >= 3
     assert model["tied"] is model["w1"]
     count = len(stacks)
     monkeypatch.setattr(stacked, "ALONE_FROM", 0)
-    state_alone, model_alone = trained(rule, kind, dtype, update)
+    state_alone, model_alone = trained(rule, model_of, kind, dtype, update)
     assert len(stacks) == count
-    assert_alike(model.values(), model_alone.values(), dtype)
+    assert_alike(model.values(), model_alone.values(), TOLERANCES[dtype])
     for name in model:
-        assert_alike(state_leaves(state[name].state), state_leaves(state_alone[name].state), dtype)
+        assert_alike(state_leaves(state[name].state), state_leaves(state_alone[name].state), TOLERANCES[dtype])
 
 
 def requests_of(rule, states, xs):

@@ -10,6 +10,7 @@ import torch
 import optimisers as opt
 from golden_data import numpy_of
 from looped import Counter, held
+from matrices import assert_alike, drawn, trained
 from optimisers.engine import group
 from optimisers.rules import muon
 from optimisers.rules._base import TransformingRule, Whole
@@ -34,17 +35,11 @@ RULES = {
     "in a master": opt.MixedPrecision(opt.Muon(momentum="ema_debiased"), "float64"),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+LINE = {"absent": ("w0", "long"), "adjusted": ("w[45]", "tall")}
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2}
 libraries = pytest.mark.parametrize(
     ("kind", "dtype"), [("numpy", "float32"), ("numpy", "float64"), *[("torch", name) for name in TOLERANCES]]
 )
-
-
-def drawn(shape, kind, dtype, rng, order=None):
-    x = rng.normal(size=shape)
-    if order is not None:
-        x = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
-    return torch.from_numpy(x).to(getattr(torch, dtype)) if kind == "torch" else x.astype(dtype)
 
 
 def model_of(kind, dtype, rng):
@@ -56,33 +51,6 @@ def model_of(kind, dtype, rng):
     return model | {"tied": model["w1"]}
 
 
-def trained(rule, kind, dtype, update):
-    """A few steps with an absent gradient, a frozen array, tied ones, other layouts, and adjustments on the way."""
-    rng = np.random.default_rng(0)
-    model = model_of(kind, dtype, rng)
-    state = opt.freeze(opt.setup(rule, model), where="w3")
-    for step in range(5):
-        grads = {name: drawn(x.shape, kind, dtype, rng) for name, x in model.items()}
-        if step == 1:
-            grads["w0"] = grads["long"] = None
-        if step == 2:
-            state = opt.thaw(state)
-        if step == 3 and not isinstance(rule, (opt.Scheduled, opt.Orthogonalise)):
-            state = opt.adjust(opt.adjust(state, 0.05, where="w[45]"), 0.03, where="tall")
-        state, model = update(state, model, grads)
-    return state, model
-
-
-def assert_alike(a, b, dtype):
-    for x, y in zip(a, b, strict=True):
-        if isinstance(x, (int, float)):
-            assert x == y
-        else:
-            assert x.dtype == y.dtype
-            ours, theirs = (numpy_of(v.double() if isinstance(v, torch.Tensor) else v) for v in (x, y))
-            np.testing.assert_allclose(ours, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
-
-
 @pytest.mark.parametrize("update", [opt.update, opt.update_], ids=["pure", "in place"])
 @pytest.mark.parametrize("way", ["0", "1"])
 @libraries
@@ -90,16 +58,16 @@ def assert_alike(a, b, dtype):
 def test_loops_around_a_transform_give_what_the_rule_gives(rule, kind, dtype, way, update, switch, monkeypatch):
     counter = Counter(monkeypatch)
     switch("rules")
-    state_alone, model_alone = trained(rule, kind, dtype, update)
+    state_alone, model_alone = trained(rule, model_of, kind, dtype, update, **LINE)
     assert counter.runs == 0
     switch(way)
-    state, model = trained(rule, kind, dtype, update)
+    state, model = trained(rule, model_of, kind, dtype, update, **LINE)
     assert held(state) == len(state._slots)
     assert (counter.runs > 0) == (way == "1")
     assert model["tied"] is model["w1"]
-    assert_alike(model.values(), model_alone.values(), dtype)
+    assert_alike(model.values(), model_alone.values(), TOLERANCES[dtype])
     for name in model:
-        assert_alike(state_leaves(state[name].state), state_leaves(state_alone[name].state), dtype)
+        assert_alike(state_leaves(state[name].state), state_leaves(state_alone[name].state), TOLERANCES[dtype])
 
 
 def transformed(monkeypatch):

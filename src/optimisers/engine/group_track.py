@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class GroupTrack(Track):
         self.work = group.work(members)
         self.pointers = np.zeros((group.count, len(self.program.pointers)), np.uint64)
         # Views of the matrix, which is the same in every step; so they are made once.
-        self._columns = dict(Columns(matrix, self.program.columns)) if self.whole else None
+        self._columns: Mapping[str, Any] | None = dict(Columns(matrix, self.program.columns)) if self.whole else None
         self._at: dict[int, Vector] = {}
         self._calls: dict[tuple[int, int, bool], tuple[Table, Any]] = {}
         self._begin()
@@ -139,10 +139,13 @@ class GroupTrack(Track):
         self.pointers[stack.members, self.program.arrays.index(boundary.source)] = addresses_of([found]) + stack.offsets * size
         return found
 
+    def _inputs(self) -> Mapping[str, Any]:
+        """The inputs of tapes, by name: for each of them a number for each member."""
+        return self._columns or Columns(self.matrix[self.members], self.program.columns)
+
     def _run(self, tape: Tape) -> list[Vector]:
         """Numbers for each member."""
-        given = self._columns or Columns(self.matrix[self.members], self.program.columns)
-        values = tape.run(given)
+        values = tape.run(self._inputs())
         return [value if isinstance(value, np.ndarray) else np.full(len(self.members), value) for value in values]
 
     def _check_guards(self) -> None:
@@ -195,9 +198,8 @@ class GroupTrack(Track):
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""
         if self.program.numbers:
-            given = self._columns or Columns(self.matrix[self.members], self.program.columns)
             chosen: Any = slice(None) if self.whole else self.members
-            for k, values in enumerate(self.program.counting.run(given)):
+            for k, values in enumerate(self.program.counting.run(self._inputs())):
                 counters[chosen, k] = values
 
 
