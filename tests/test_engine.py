@@ -417,7 +417,8 @@ def another_rate_for_one(state, model, grads, draw):
 
 
 def model_as_gradient(state, model, grads, draw):
-    return state, model, {"a": model["b"][:12].view(4, 3), "b": model["b"], "c": grads["c"]}
+    """Some lie in memory that is written before they would be read, or after."""
+    return state, model, {"a": model["b"][:12].view(4, 3), "b": model["b"], "c": model["a"].view(-1)[:1]}
 
 
 def copied_state(state, model, grads, draw):

@@ -98,13 +98,15 @@ def test_alike_arrays_are_transformed_as_stacks_of_bounded_size(kind, switch, mo
 
 def test_only_one_stack_is_in_memory_at_a_time(switch, monkeypatch):
     switch("1")
-    alive = []
+    alive, results = [], []
     step = muon.matrix_step
 
     def watch(rule, u):
-        assert not any(reference() is not None for reference in alive)
+        assert not any(reference() is not None for reference in [*alive, *results])
         alive.append(weakref.ref(u))
-        return step(rule, u)
+        found = step(rule, u)
+        results.append(weakref.ref(found))
+        return found
 
     monkeypatch.setattr(muon, "matrix_step", watch)
     monkeypatch.setattr(group, "ALONE_FROM", 1)

@@ -14,7 +14,7 @@ from ..rules._base import MeasuredRule
 from ..rules._norm import NormRule
 from .dense import Vector, addresses_of, element_strides, laid_out_as, native_dtype
 from .group import Columns, Group, Stack, Variant, holding, inner
-from .loops import Table, address
+from .loops import Table
 from .memory import Column
 from .program import Boundary, Program, Transform
 from .step import Request, Track
@@ -122,9 +122,9 @@ class GroupTrack(Track):
         """Transform some of the arrays. What comes is read at its address, so it is to be kept until then."""
         group, targets = self.group, self.program.targets
         dtype = native_dtype(group.library, self.program.dtypes[boundary.target])
-        given, start = _buffer(stack, dtype)
+        given = _memory(stack, dtype)
         size = np.uint64(dtype.itemsize)
-        self.pointers[stack.members, targets[boundary.target]] = np.uint64(start) + stack.offsets * size
+        self.pointers[stack.members, targets[boundary.target]] = addresses_of([given]) + stack.offsets * size
         self._call(self._storing, stack.work, stack=number)
         rule: Any = inner(group.rules[stack.members[0]], boundary.where)
         more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
@@ -209,12 +209,10 @@ def waits(node: Traced, program: Program, asked: int) -> bool:
     return (node.op == "number" and node.value in ahead) or any(waits(arg, program, asked) for arg in node.args)
 
 
-def _buffer(stack: Stack, dtype: Any) -> tuple[Any, int]:
-    """Memory for a stack, and its address."""
+def _memory(stack: Stack, dtype: Any) -> Any:
+    """An array for a stack, of any content."""
     if isinstance(dtype, np.dtype):
-        memory = np.empty(stack.work.elements, dtype)
         strides = tuple(s * dtype.itemsize for s in stack.strides)
-        return np.ndarray(stack.shape, dtype, memory, 0, strides), address(memory)
+        return np.ndarray(stack.shape, dtype, np.empty(stack.work.elements, dtype), 0, strides)
     torch: Any = torch_if_loaded()
-    memory = torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device="cpu")
-    return memory, memory.data_ptr()
+    return torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device="cpu")

@@ -121,7 +121,6 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
     return function
 
 
-_OPENMP = "GOMP_parallel"
 _openmp: Any = None
 _forked = False
 
@@ -138,7 +137,7 @@ def _on_threads_of_torch(function: Any, entry: Any, given: int, elements: int) -
         function(given)
         return
     if _openmp is None and torch_if_loaded() is not None:
-        _openmp = getattr(ctypes.CDLL(None), _OPENMP, False)
+        _openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", False)
         if _openmp:
             _openmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             _openmp.restype = None
