@@ -16,7 +16,7 @@ from table import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "optimisers"
-PARTS = ("errors", "arrays", "rules", "tree", "engine", "setup_api", "interop")
+PARTS = ("errors", "schedules", "arrays", "rules", "tree", "engine", "setup_api", "interop")
 FACES = {"torch", "optax"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))
 

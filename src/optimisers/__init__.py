@@ -3,6 +3,7 @@
 ``state = setup(rule, model)``, ``state, model = update(state, model, grads)``, ``state = adjust(state, eta)``.
 """
 
+from . import schedules as schedules
 from .errors import *
 from .interop.checkpoint import load as load
 from .interop.checkpoint import save as save
@@ -31,4 +32,4 @@ from .tree.state import StateTree as StateTree
 __version__ = "0.1.0"
 
 # Not an assignment, since type checkers and documentation tools read the imports above but cannot evaluate this.
-globals()["__all__"] = [name for name, value in vars().items() if getattr(value, "__module__", "").startswith(__name__)]
+globals()["__all__"] = ["schedules", *(k for k, v in vars().items() if getattr(v, "__module__", "").startswith(__name__))]
