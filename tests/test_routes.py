@@ -82,10 +82,11 @@ def muon_on_hidden_matrices():
 
 
 def rows(state):
-    """The printed table: path -> the rest of its line."""
-    lines = str(state).splitlines()
+    """The full table: path -> the rest of its line."""
+    lines = opt.summary(state, by="path").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("-----"))
-    return dict(line.split(maxsplit=1) for line in lines[start + 1 : -1])
+    end = next(i for i, line in enumerate(lines) if " parameters, " in line)
+    return dict(line.split(maxsplit=1) for line in lines[start + 1 : end])
 
 
 def kind_of(module, path):

@@ -10,12 +10,15 @@ from .interop.checkpoint import save as save
 from .rules import *
 from .setup_api.adjust import adjust as adjust
 from .setup_api.averaged import averaged as averaged
+from .setup_api.estimate import Estimate as Estimate
+from .setup_api.estimate import estimate as estimate
 from .setup_api.extend import extend as extend
 from .setup_api.freeze import freeze as freeze
 from .setup_api.freeze import thaw as thaw
 from .setup_api.hyper import hyper as hyper
 from .setup_api.metrics import Metrics as Metrics
 from .setup_api.metrics import metrics as metrics
+from .setup_api.review import review as review
 from .setup_api.route import Route as Route
 from .setup_api.setup import setup as setup
 from .setup_api.skipped import skipped as skipped

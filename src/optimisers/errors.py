@@ -118,3 +118,7 @@ globals()["__all__"] = [
 
 class CompileWarning(UserWarning):
     """Loops could not be compiled, so arrays are stepped without them: same results, slower."""
+
+
+class RoutingWarning(UserWarning):
+    """A parameter has a rule that rarely suits it, as `optimisers.review` sees it."""

@@ -27,6 +27,7 @@ from ._host import is_concrete as is_concrete
 from ._host import is_plain as is_plain
 from ._host import is_recording as is_recording
 from ._host import memory_key as memory_key
+from ._host import on_meta as on_meta
 from ._host import read_int as read_int
 from ._host import recording as recording
 from ._host import share_memory as share_memory

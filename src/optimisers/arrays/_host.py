@@ -105,6 +105,11 @@ def detached(x: Array) -> Array:
     return x.detach() if kind(x) == "torch" else x
 
 
+def on_meta(x: Array) -> Array:
+    """A tensor's description, as a tensor on torch's ``meta`` device; NumPy arrays as they are."""
+    return x.detach().to("meta") if kind(x) == "torch" else x
+
+
 def copied(x: Array) -> Array:
     """x in memory of its own, laid out as x is."""
     return x.copy(order="K") if isinstance(x, np.ndarray) else x.clone()

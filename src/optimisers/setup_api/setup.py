@@ -41,15 +41,30 @@ def setup(
     that overlap; SelectionError for patterns that match nothing; RuleError if ``rule`` is neither rule nor function, or
     a rule refuses an array.
     """
+    check_arguments("setup", rule, model)
+    return planned(rule, model, trainable, moment_dtype(state_dtype))
+
+
+def check_arguments(verb: str, rule: Any, model: Any) -> None:
+    """Raise RuleError or ArgumentError unless these are a rule, or a function that gives rules, and a model."""
     if isinstance(rule, type) or not (isinstance(rule, AbstractRule) or callable(rule)):
         swapped = isinstance(model, AbstractRule)
-        got = f"{described(rule)}; the order is setup(rule, model)" if swapped else not_a_rule(rule)
-        msg = f"setup: expected a rule or a function from Param to a rule, got {got}"
+        got = f"{described(rule)}; the order is {verb}(rule, model)" if swapped else not_a_rule(rule)
+        msg = f"{verb}: expected a rule or a function from Param to a rule, got {got}"
         raise RuleError(msg)
     if isinstance(model, StateTree):
-        msg = "setup: the model is a state tree; give the model itself"
+        msg = f"{verb}: the model is a state tree; give the model itself"
         raise ArgumentError(msg)
-    dtype = moment_dtype(state_dtype)
+
+
+def planned(
+    rule: AbstractRule | Callable[[Param], AbstractRule | None],
+    model: Any,
+    trainable: Callable[[Param], bool] | None,
+    dtype: str | None,
+    example: Callable[[Any], Any] = lambda x: x,
+) -> StateTree:
+    """The state; ``example`` gives what stands for an array where its moments are made."""
     found = find(model, trainable)
     chooser = Chooser(rule)
     chosen = [chooser.choose(places) for places in found.params]
@@ -61,7 +76,7 @@ def setup(
     shared: dict[AbstractRule, AbstractRule] = {}  # arrays with equal rules share one
     entries = []
     for slot, (own, reason) in zip(found.slots, chosen, strict=True):
-        x = found.leaves[slot.places[0].leaf]
+        x = example(found.leaves[slot.places[0].leaf])
         entries.append(first_entry(own, reason, slot, x, dtype, shared, lease))
     check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
     return StateTree(found.structure, found.slots, entries)

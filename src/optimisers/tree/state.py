@@ -18,7 +18,7 @@ from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
 from .leaves import Place, Slot
 from .sealed import Plan
 from .sealed import register as register_sealed
-from .show import state_table
+from .show import rows_of, state_html, state_rich, state_table
 from .structure import ModuleStructure, Structure, TreeStructure
 
 
@@ -206,11 +206,16 @@ class StateTree:
         )
 
     def __repr__(self) -> str:
-        if _has_ended(self):
-            return "StateTree(consumed by update_)"
-        return state_table(
-            [(slot, e.rule, e.state, e.frozen, e.reason) for slot, e in zip(self._slots, self._entries, strict=True)]
-        )
+        return _CONSUMED if _has_ended(self) else state_table(rows_of(self))
+
+    def _repr_html_(self) -> str:
+        return _CONSUMED if _has_ended(self) else state_html(rows_of(self))
+
+    def __rich_console__(self, _: Any, options: Any) -> Iterator[Any]:
+        yield from [_CONSUMED] if _has_ended(self) else state_rich(rows_of(self), options.max_width)
+
+
+_CONSUMED = "StateTree(consumed by update_)"
 
 
 def check_alive(state: StateTree) -> None:
