@@ -104,7 +104,7 @@ def test_torch_is_never_imported_by_importing_the_package():
                 assert name.split(".")[0] not in {"torch", "jax"}, f"{name_of(files[module])}:{line} imports {name}"
                 parents = name.split(".")
                 queue += [".".join(parents[: i + 1]) for i in range(len(parents))]
-    assert "optimisers.rules.adam" in seen
+    assert "optimisers.rules.adaptive.adam" in seen
     assert "optimisers.arrays._torch" not in seen
 
 
@@ -126,7 +126,26 @@ RULES = {
     for name, value in vars(rules).items()
     if inspect.isclass(value) and issubclass(value, opt.AbstractRule) and not inspect.isabstract(value)
 }
-RULE_FILES = sorted(path for path in (SOURCE / "rules").glob("*.py") if not path.name.startswith("_"))
+RULE_FILES = sorted(path for path in (SOURCE / "rules").rglob("*.py") if not path.name.startswith("_"))
+ROOMS = {path.parent.name: path for path in sorted((SOURCE / "rules").glob("*/__init__.py"))}
+
+
+def heading(room):
+    """What a room of rules is called in the documentation: how its docstring begins."""
+    return (ast.get_docstring(ast.parse(ROOMS[room].read_text(encoding="utf-8"))) or "").split(":")[0]
+
+
+def section(page, title):
+    """The text below a heading of a page, up to the next heading of its kind."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_rooms_hold_rules_and_nothing_else_does():
+    assert [path.name for path in RULE_FILES if path.parent == SOURCE / "rules"] == []
+    for room, index in ROOMS.items():
+        assert index.read_text(encoding="utf-8").count("\n") == 1, f"{room}/__init__.py is one line: what the room is"
+        assert heading(room), f"{room}/__init__.py does not say what the room is called"
 
 
 def test_there_are_rules():
@@ -136,21 +155,26 @@ def test_there_are_rules():
 
 @pytest.mark.parametrize("name", RULES)
 def test_rule_has_all_that_belongs_to_it(name):
-    """A rule has a file of its own, its line in the index, a row in the table of tests, and a line in the docs."""
+    """A rule has a file of its own in a room, its line in the index, a row in the table of tests, and lines in the docs."""
     rule = RULES[name]
     module = importlib.import_module(rule.__module__)
     others = [n for n, r in RULES.items() if r.__module__ == rule.__module__ and n != name]
-    documented = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     file = Path(module.__file__)
+    room = file.parent.name
     missing = []
-    if file.parent != SOURCE / "rules" or others:
-        missing.append(f"a file of its own in src/optimisers/rules (it stands in {file.name} with {others or 'none'})")
+    if file.parent.parent != SOURCE / "rules" or others:
+        missing.append(
+            f"a file of its own in a room of src/optimisers/rules (it stands in {file.name} with {others or 'none'})"
+        )
+        room = "descent"
     if getattr(opt, name, None) is not rule:
         missing.append("its name in src/optimisers/__init__.py")
     if not any(row.name == name and any(type(config) is rule for config in row.configs) for row in ROWS):
         missing.append("its row in tests/table.py")
-    if not re.search(rf"`{name}\b", documented):
-        missing.append("its line in docs/rules.md")
+    if not re.search(rf"^\| `{name}\b", section("rules.md", heading(room)), re.MULTILINE):
+        missing.append(f"its line in docs/rules.md, under {heading(room)}")
+    if not re.search(rf"^::: optimisers\.{name}$", section("api.md", heading(room)), re.MULTILINE):
+        missing.append(f"its line in docs/api.md, under {heading(room)}")
     if not inspect.cleandoc(rule.__doc__ or "").strip() or not (module.__doc__ or "").strip():
         missing.append("docstrings of the class and of its file, which gives the reference")
     assert not missing, f"{name} lacks " + "; ".join(missing)

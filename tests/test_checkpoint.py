@@ -353,7 +353,7 @@ def test_no_class_is_imported_on_the_word_of_a_file(path, monkeypatch):
         "builtins.eval",
         "os.system",
         "subprocess.Popen",
-        "optimisers.rules.adam.Adam",
+        "optimisers.rules.adaptive.adam.Adam",
         "AbstractRule",
         "StateTree",
         "",

@@ -9,7 +9,7 @@ import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
-from optimisers.rules.newtonschulz import JORDAN
+from optimisers.rules.matrices.newtonschulz import JORDAN
 from optimisers.tree.show import state_bytes
 from running import run
 

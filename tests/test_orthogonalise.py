@@ -9,8 +9,8 @@ import torch
 import optimisers as opt
 from golden_data import made, numpy_of
 from optimisers.arrays import _matrices, add_matmul, quick_in_bfloat16, symmetric_matmul
-from optimisers.rules import newtonschulz
-from optimisers.rules.newtonschulz import JORDAN, POLAR_EXPRESS, YOU, Start, _by_gram, _plain
+from optimisers.rules.matrices import newtonschulz
+from optimisers.rules.matrices.newtonschulz import JORDAN, POLAR_EXPRESS, YOU, Start, _by_gram, _plain
 
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 

@@ -12,9 +12,9 @@ from golden_data import numpy_of
 from looped import Counter, held
 from matrices import assert_alike, drawn, trained
 from optimisers.engine import group
-from optimisers.rules import muon
 from optimisers.rules._base import TransformingRule, Whole
 from optimisers.rules._precision import state_leaves
+from optimisers.rules.matrices import muon
 from table import halving
 
 RULES = {

@@ -11,10 +11,10 @@ import numpy as np
 from ..arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
 from ..rules._base import AbstractRule, children
 from ..rules._precision import state_leaves
-from ..rules.averaged import Averaged
-from ..rules.chain import OptimiserChain
-from ..rules.mixedprecision import MixedPrecision
-from ..rules.scheduled import Scheduled
+from ..rules.wrappers.averaged import Averaged
+from ..rules.wrappers.chain import OptimiserChain
+from ..rules.wrappers.mixedprecision import MixedPrecision
+from ..rules.wrappers.scheduled import Scheduled
 from ..tree.entry import Entry, Lease
 from ..tree.leaves import Slot
 from . import build

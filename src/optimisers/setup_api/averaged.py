@@ -7,7 +7,7 @@ from typing import Any
 from ..arrays import cast_to, dtype_name
 from ..errors import ArgumentError, described
 from ..rules._precision import find_state
-from ..rules.averaged import Average
+from ..rules.wrappers.averaged import Average
 from ..tree.destructure import permuted
 from ..tree.state import StateTree, check_alive
 from .update import checked_leaves, finisher, retie

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import ArgumentError, described
 from ..rules._precision import find_state
-from ..rules.skipnonfinite import Skips
+from ..rules.gradients.skipnonfinite import Skips
 from ..tree.state import StateTree, check_alive
 
 

@@ -1,0 +1,1 @@
+"""Adaptive: the gradient over a running measure of its size."""

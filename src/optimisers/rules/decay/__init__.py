@@ -1,0 +1,1 @@
+"""Decay: what pulls parameters towards zero."""

@@ -1,0 +1,1 @@
+"""Gradient descent: the gradient times a learning rate, with or without momentum."""

@@ -1,0 +1,1 @@
+"""Gradients: what is done to a gradient before a rule sees it."""

@@ -1,0 +1,1 @@
+"""Limits: how large a gradient or a step may be."""

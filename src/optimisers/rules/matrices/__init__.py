@@ -1,0 +1,1 @@
+"""Matrices: what is done to a matrix as a whole."""

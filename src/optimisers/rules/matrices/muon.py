@@ -1,0 +1,200 @@
+"""Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; scaling: Liu et al. 2025, https://arxiv.org/abs/2502.16982."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...arrays import Array, add_multiple, interpolate, is_complex, zeros_like
+from ...errors import HyperParameterError, RuleError
+from .._adjust import has_eta, scaled
+from .._base import AbstractRule, Law, Stages, State, TransformingRule, Whole
+from .._fields import Choice, Interval, bounded
+from ..adaptive.adamw import AdamW
+from ..adaptive.nadam import NAdam
+from .matrix_step import LAYOUTS, SCALES, block_sizes, check_matrix_fields, matrix_step
+from .newtonschulz import NewtonSchulz
+
+
+@dataclass(frozen=True)
+class Muon(TransformingRule):
+    """Momentum orthogonalised by Newton-Schulz for matrices, and another rule for everything else.
+
+    ``x <- x - eta * (scale * orthogonalise(u) + lambda_ * x)`` with u the (Nesterov) momentum.
+
+    Args:
+        opt: rule for arrays that are no matrices (all but one dimension of length 1), and where ``fallback`` is true.
+        eta: learning rate of the matrices, >= 0. ``adjust(state, eta)`` gives opt the learning rate that keeps the ratio the
+            two had at setup; ``adjust(state, eta=...)`` sets this one alone.
+        mu: momentum, in [0, 1).
+        lambda_: weight decay of the matrices, multiplied by eta (not by the scale), >= 0.
+        fallback: predicate on the array, asked once at setup: true sends it to opt.
+        ns: the iteration, a `NewtonSchulz`.
+        momentum: ``"ema"`` m <- mu m + (1 - mu) dx; ``"ema_debiased"`` the same, corrected for its start at zero;
+            ``"classic"`` m <- mu m + dx.
+        nesterov: orthogonalise the momentum as it will be after the next gradient, if that is like this one.
+        scale: as in `Orthogonalise`.
+        layout: as in `Orthogonalise`.
+        blocks: as in `Orthogonalise`.
+        batch_dims: as in `Orthogonalise`.
+
+    State: m, of x's shape (with ``"ema_debiased"`` (m, mu**t)); for the other arrays the state of opt. Complex matrices are
+    refused.
+    """
+
+    opt: AbstractRule = AdamW(3e-4, (0.9, 0.95), 0.01)
+    eta: Any = 0.02
+    mu: Any = 0.95
+    lambda_: Any = 0.01
+    fallback: Callable[[Any], bool] | None = None
+    _: dataclasses.KW_ONLY
+    ns: NewtonSchulz = bounded(NewtonSchulz(), range=None)
+    momentum: str = bounded("ema", range=Choice(("ema", "ema_debiased", "classic")))
+    nesterov: bool = True
+    scale: str = bounded("jordan", range=SCALES)
+    layout: str = bounded("out_in", range=LAYOUTS)
+    blocks: Any = bounded(1, range=None)
+    batch_dims: int = bounded(0, range=Interval(0, integer=True))
+    _matrix: bool | None = dataclasses.field(default=None, repr=False)  # decided at setup
+
+    structural = ("fallback", "momentum", "batch_dims", "_matrix")
+    opaque = ("opt",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.opt, AbstractRule):
+            msg = f"Muon: field 'opt' must be a rule; got {self.opt!r}"
+            raise RuleError(msg)
+        if not (self.fallback is None or callable(self.fallback)):
+            msg = f"Muon: field 'fallback' must be None or a predicate on the array; got {self.fallback!r}"
+            raise HyperParameterError(msg)
+        check_matrix_fields(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Muon:
+        """Muon as another implementation has it: ``"kellerjordan"``, ``"torch"``, ``"moonlight"``, ``"optax"``, ``"dion"``.
+
+        Reproduces that implementation's numbers, at the precision asked for in ``ns``, with two exceptions: convolutions
+        are always scaled as the flattened matrix, and absent gradients are always skipped. Overrides are fields.
+        """
+        if name not in PRESETS:
+            msg = f"Muon.preset: {name!r} is not one of {', '.join(map(repr, PRESETS))}"
+            raise HyperParameterError(msg)
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def law(self) -> Law:
+        if self._matrix is None:
+            return "none"
+        return "stackable" if self._matrix else self.opt.law
+
+    def resolved(self, x: Array, path: str) -> Muon:
+        return self.replace(_matrix=self._is_matrix(x), opt=self.opt.resolved(x, path))
+
+    def unresolved(self) -> Muon:
+        return self.replace(_matrix=None, opt=self.opt.unresolved())
+
+    def stacked(self) -> Muon:
+        return self.replace(batch_dims=self.batch_dims + 1) if self._matrix else self.replace(opt=self.opt.stacked())
+
+    def with_eta(self, eta: Any, base: Muon) -> Muon:
+        if not has_eta(self.opt):
+            msg = (
+                f"adjust: Muon gives its opt the learning rate that keeps their ratio, but {self.opt!r} has none; "
+                "adjust(state, eta=...) sets the learning rate of Muon alone"
+            )
+            raise HyperParameterError(msg)
+        if base.eta == 0:
+            msg = "adjust: Muon's learning rate was 0 at setup, so there is no ratio to keep; use adjust(state, eta=...)"
+            raise HyperParameterError(msg)
+        rule = self.replace(eta=eta)  # checks it first, for an error that names it
+        return rule.replace(opt=scaled(self.opt, base.opt, eta / base.eta))
+
+    def _is_matrix(self, x: Array) -> bool:
+        if self._matrix is not None:
+            return self._matrix
+        lone = x.ndim < self.batch_dims + 2 or math.prod(x.shape[self.batch_dims + 1 :]) == 1
+        return not lone and not (self.fallback is not None and bool(self.fallback(x)))
+
+    def init(self, x: Array) -> State:
+        if not self._is_matrix(x):
+            return self.opt.init(x)
+        if is_complex(x):
+            msg = "Muon cannot orthogonalise a complex matrix; choose another rule for it, with Route or fallback"
+            raise RuleError(msg)
+        self.check(tuple(x.shape))
+        return (zeros_like(x), self.mu) if self.momentum == "ema_debiased" else zeros_like(x)
+
+    def init_as(self, x: Array, dtype: str) -> State:
+        return super().init_as(x, dtype) if self._is_matrix(x) else self.opt.init_as(x, dtype)
+
+    def stages(self, state: State, x: Array, dx: Array) -> Stages:
+        if not self._is_matrix(x):
+            return (yield from self.opt.stages(state, x, dx))
+        state, u = self._momentum(state, dx)
+        direction = yield Whole(self, u)
+        return state, self.eta * add_multiple(direction, x, self.lambda_)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_sizes(self, shape)
+
+    def transform(self, u: Array) -> Array:
+        return matrix_step(self, u)
+
+    def _momentum(self, state: State, dx: Array) -> tuple[State, Array]:
+        """The new state, and what is to be orthogonalised."""
+        mu = self.mu
+        if self.momentum == "classic":
+            m = add_multiple(dx, state, mu)
+            return m, add_multiple(dx, m, mu) if self.nesterov else m
+        if self.momentum == "ema":
+            m = interpolate(state, dx, 1 - mu)
+            return m, interpolate(m, dx, 1 - mu) if self.nesterov else m
+        m, power = state
+        m = interpolate(m, dx, 1 - mu)
+        if not self.nesterov:
+            return (m, power * mu), m / (1 - power)
+        return (m, power * mu), mu / (1 - power * mu) * m + (1 - mu) / (1 - power) * dx
+
+
+def not_a_matrix(x: Array) -> bool:
+    """Whether an array has other than two dimensions."""
+    return bool(x.ndim != 2)
+
+
+# dion's own Polar Express coefficients, made for five steps; the safety factor of 1.02 is in them already.
+_DION: Any = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "kellerjordan": {
+        "opt": AdamW(3e-4, (0.9, 0.95), 0.0, 1e-10), "eta": 0.02, "mu": 0.95, "lambda_": 0.0,
+    },
+    "torch": {
+        "opt": AdamW(1e-3, (0.9, 0.999), 0.1), "eta": 1e-3, "mu": 0.95, "lambda_": 0.1,
+        "ns": NewtonSchulz(normaliser="clamp"),
+    },
+    "moonlight": {
+        "opt": AdamW(1e-3, (0.9, 0.95), 0.1), "eta": 1e-3, "mu": 0.95, "lambda_": 0.1,
+        "momentum": "classic", "scale": "moonlight",
+    },
+    # optax steps everything else by AdamW with Nesterov momentum and no decay. NAdam divides by sqrt(b2) more, which the
+    # learning rate and epsilon take back.
+    "optax": {
+        "opt": NAdam(0.02 * 0.999**0.5, (0.9, 0.999), 1e-8 * 0.999**0.5), "eta": 0.02, "mu": 0.95, "lambda_": 0.0,
+        "fallback": not_a_matrix, "momentum": "ema_debiased", "layout": "in_out", "ns": NewtonSchulz(epsilon=1e-8),
+    },
+    "dion": {
+        "opt": AdamW(0.01, (0.9, 0.95), 0.01), "eta": 0.01, "mu": 0.95, "lambda_": 0.01,
+        "ns": NewtonSchulz(coefficients=_DION, epsilon=1e-8, safety=1.02),
+        "momentum": "classic", "nesterov": False, "scale": "rms",
+    },
+}  # fmt: skip

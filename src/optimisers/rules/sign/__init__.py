@@ -1,0 +1,1 @@
+"""Sign-based: the direction of each element counts, its size does not."""

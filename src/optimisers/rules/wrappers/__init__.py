@@ -1,0 +1,1 @@
+"""Wrappers: rules made of other rules."""
