@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks lint docs bench clean
+.PHONY: setup demo test test-frameworks lint docs bench package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -31,6 +31,14 @@ docs: .venv/.installed-docs
 # ARGS is for run.py: make bench ARGS='--quick --only "leaves/*"'
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# The wheel and the sdist, each tried where nothing else is installed.
+package: .venv/.installed-torch,lint
+	.ci/package.sh $(BIN)/python
+
+# make release VERSION=0.2.0: see .ci/release.py.
+release: .venv/.installed-torch,lint
+	$(BIN)/python .ci/release.py $(VERSION)
 
 clean:
 	rm -rf .venv site dist build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
