@@ -50,8 +50,8 @@ def steps(rule, x, grads, kind="numpy"):
 
 def test_every_item_is_documented_in_order():
     text = (Path(__file__).resolve().parent.parent / "docs" / "differences.md").read_text(encoding="utf-8")
-    assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 14))
-    assert set(EXCLUDED.values()) <= set(range(1, 14))
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 15))
+    assert set(EXCLUDED.values()) <= set(range(1, 15))
 
 
 # --- 1 ------------------------------------------------------------------------------------------------------------------
@@ -403,3 +403,15 @@ def test_13_centred_rmsprop_takes_no_root_of_a_negative_number(kind):
     assert below
     for _, x in steps(opt.RMSProp(centred=True), np.zeros_like(g), [g] * 300, kind):
         assert np.isfinite(x).all()
+
+
+# --- 14 -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [opt.Muon(), opt.Apollo()], ids=["Muon", "Apollo"])
+def test_14_rules_inside_rules_are_adjusted_and_not_exchanged(rule):
+    state = opt.setup(rule, {"b": np.ones(3)})
+    with pytest.raises(opt.HyperParameterError, match=r"field 'opt' of .* holds rules; adjust those, with rule=TheirType"):
+        opt.adjust(state, opt=opt.AdamW(0.5))
+    adjusted = opt.adjust(state, eta=0.5, rule=opt.AdamW)
+    assert adjusted["b"].rule == rule.replace(opt=rule.opt.replace(eta=0.5))

@@ -1390,19 +1390,19 @@ CASES = [
         "adjust, times below 0",
         lambda w: opt.adjust(w.state, times=-1),
         HyperParameterError,
-        "parameter 'layers.0.bias': adjust: times must be a number >= 0; got -1",
+        "parameter 'layers.0.bias': adjust: times must be a finite number >= 0; got -1",
     ),
     Case(
         "adjust, times infinite",
         lambda w: opt.adjust(w.state, times=float("inf")),
         HyperParameterError,
-        "parameter 'layers.0.bias': Adam: field 'eta' must be a finite number >= 0; got inf",
+        "parameter 'layers.0.bias': adjust: times must be a finite number >= 0; got inf",
     ),
     Case(
         "adjust, times a string",
         lambda w: opt.adjust(w.state, times="0.1"),
         HyperParameterError,
-        "parameter 'layers.0.bias': adjust: times must be a number >= 0; got '0.1'",
+        "parameter 'layers.0.bias': adjust: times must be a finite number >= 0; got '0.1'",
     ),
     Case(
         "adjust, beta out of range",

@@ -85,7 +85,18 @@ def described(value: object) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     text = f"{'an' if name[0] in 'aeiouAEIOU' or name == 'ndarray' else 'a'} {name}"
-    return f"{text} {value!r}" if isinstance(value, (int, float, complex, str)) else text
+    return f"{text} {brief(value)}" if isinstance(value, (int, float, complex, str)) else text
+
+
+def brief(value: object, most: int = 200) -> str:
+    """A value for a message, cut off where it is long. Python itself refuses to write out numbers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length():,} bits"
+    try:
+        text = repr(value)
+    except ValueError:
+        return described(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def not_a_rule(value: object) -> str:

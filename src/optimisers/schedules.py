@@ -16,7 +16,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from .errors import HyperParameterError
+from .errors import HyperParameterError, brief
 
 __all__ = [
     "Constant", "Cosine", "Exponential", "InverseSqrt", "Joined", "Linear", "Polynomial", "Schedule", "Steps", "WarmupCosine",
@@ -44,12 +44,15 @@ class Schedule(ABC):
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            msg = f"{type(self).__name__}: field {name!r} must be {expected}; got {getattr(self, name)!r}"
+            msg = f"{type(self).__name__}: field {name!r} must be {expected}; got {brief(getattr(self, name))}"
             raise HyperParameterError(msg)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -31,6 +31,7 @@ from ._host import on_meta as on_meta
 from ._host import read_int as read_int
 from ._host import recording as recording
 from ._host import share_memory as share_memory
+from ._host import without_autocast as without_autocast
 from ._kinds import Array as Array
 from ._kinds import as_array as as_array
 from ._kinds import as_dtype_name as as_dtype_name

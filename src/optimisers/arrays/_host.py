@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,15 @@ def is_compiling() -> bool:
     """Whether ``torch.compile`` is at work, so that what runs now is being recorded."""
     torch = torch_if_loaded()
     return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """A context in which arithmetic does not depend on ``torch.autocast``: that is for the forward pass."""
+    if torch_if_loaded() is None:
+        return nullcontext()
+    from . import _torch
+
+    return _torch.without_autocast()
 
 
 def is_recording() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ def is_transformed(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # the tracer runs transforms itself, and shows plain tensors
         return False
     return bool(_functorch.is_functorch_wrapped_tensor(x))
+
+
+_AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """A context in which products are computed in the dtypes of what is multiplied, whatever ``torch.autocast`` says."""
+    stack = ExitStack()
+    for device in _AUTOCASTING:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def is_eager() -> bool:

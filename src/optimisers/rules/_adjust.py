@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import HyperParameterError, SelectionError, UnknownFieldError
+from ..errors import HyperParameterError, SelectionError, UnknownFieldError, brief
 from ._base import AbstractRule, CompositeRule, children, walk, with_child
-from ._fields import is_tensor, unknown_field
+from ._fields import is_tensor, real, unknown_field
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def with_eta(rule: AbstractRule, eta: Any, base: AbstractRule) -> AbstractRule:
 
 def scaled(rule: AbstractRule, base: AbstractRule, times: Any) -> AbstractRule:
     """The rule with every learning rate set to ``times`` that of base."""
-    if not is_tensor(times) and not (isinstance(times, (int, float)) and times >= 0):
-        msg = f"adjust: times must be a number >= 0; got {times!r}"
+    factor: Any = times if is_tensor(times) else real(times, 0)
+    if factor is None:
+        msg = f"adjust: times must be a finite number >= 0; got {brief(times)}"
         raise HyperParameterError(msg)
     for name, index, child in list(children(rule)):
         new = scaled(child, child_of(base, name, index, child), times)
@@ -99,7 +100,7 @@ def scaled(rule: AbstractRule, base: AbstractRule, times: Any) -> AbstractRule:
     rule.refuse_change("eta", times)
     if "eta" in field_names(rule):
         refuse_structural(rule, "eta")
-        rule = rule.replace(eta=times * getattr(base, "eta", rule.eta))  # type: ignore[attr-defined]
+        rule = rule.replace(eta=factor * getattr(base, "eta", rule.eta))  # type: ignore[attr-defined]
     return rule
 
 

@@ -12,9 +12,32 @@ from typing import Any
 import numpy as np
 
 from ..arrays import kind
-from ..errors import HyperParameterError, UnknownFieldError
+from ..errors import HyperParameterError, UnknownFieldError, brief
 
 inf = math.inf
+
+MOST = 2**63 - 1
+"""The largest count: what a 64-bit integer, and so a 0-d tensor in a state, can hold."""
+
+
+def whole(value: Any, least: int = -MOST, most: int = MOST) -> int | None:
+    """A Python or NumPy whole number as an int, or None if it is none (as truth values) or outside of ``[least, most]``."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        return None
+    number = int(value)
+    return number if least <= number <= most else None
+
+
+def real(value: Any, least: float = -inf) -> float | None:
+    """A Python or NumPy real number as a float, or None if it is none, not finite, or less than ``least``."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        return None
+    number = _float(value)
+    return number if math.isfinite(number) and number >= least else None
 
 
 @dataclass(frozen=True)
@@ -40,8 +63,8 @@ class Interval:
         return text if self.length is None else f"{self.length} numbers, each {text}"
 
     def accepts(self, value: Any) -> bool:
-        if self.integer and not isinstance(value, int):
-            return False
+        if self.integer:
+            return whole(value, int(self.low)) is not None
         if math.isnan(value) or (self.finite and math.isinf(value)):
             return False
         above = value > self.low if self.open_low else value >= self.low
@@ -210,13 +233,21 @@ def _number(rule: str, name: str, value: Any, limits: Interval) -> Any:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         _refuse(rule, name, value, str(limits))
-    number: Any = int(value) if isinstance(value, numbers.Integral) else float(value)
-    if not limits.accepts(number):
-        _refuse(rule, name, value, str(limits))
+    number: Any = int(value) if isinstance(value, numbers.Integral) else _float(value)
+    if not limits.accepts(number if limits.integer else _float(number)):
+        _refuse(rule, name, value, f"{limits} and < 2**63" if limits.integer and number > MOST else str(limits))
     return number
 
 
+def _float(value: Any) -> float:
+    """The number as a float, infinite if it is larger than floats are."""
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf
+
+
 def _refuse(rule: str, name: str, value: Any, expected: str, *, shown: bool = False) -> None:
-    got = value if shown else repr(value)
+    got = value if shown else brief(value)
     msg = f"{rule}: field {name!r} must be {expected}; got {got}"
     raise HyperParameterError(msg)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..arrays import Array, can_read, cast_to, dtype_name, norm, working_dtype
+from ..arrays import Array, can_read, cast_to, dtype_name, norm, without_autocast, working_dtype
 from ..engine.advance import jobs_of
 from ..engine.step import Job, read_all, step
 from ..errors import ArgumentError, described
 from ..rules import ClipGrad
 from ..rules._base import AbstractRule, CompositeRule, Stages, State
+from ..rules._fields import whole
 from ..rules._norm import NormRule
 from ..tree.param import Param
 from ..tree.paths import path_of
@@ -72,12 +73,12 @@ def metrics(
     if grads is None and not module:
         msg = "metrics: give the gradients, metrics(state, model, grads); only a torch.nn.Module has its own"
         raise ArgumentError(msg)
-    if not (by is None or callable(by) or (isinstance(by, int) and not isinstance(by, bool) and by >= 0)):
+    if not (by is None or callable(by) or whole(by, 0) is not None):
         msg = f"metrics: by= takes a number of leading keys >= 0, or a function from Param to a name; got {described(by)}"
         raise ArgumentError(msg)
     work = prepare(state, model, grads, from_module=grads is None and module)
     jobs = jobs_of(state, state._entries, work.xs, work.dxs, range(len(work.xs)))
-    with no_grad():
+    with no_grad(), without_autocast():
         if after is None:
             watched = {i: _watched(job) for i, job in jobs.items()}
             outcomes = step([w.job for w in watched.values()])
@@ -100,7 +101,7 @@ def metrics(
 def _label(param: Param, by: int | Callable[[Param], str] | None) -> str:
     if by is None:
         return param.path
-    return path_of(param.keys[:by]) if isinstance(by, int) else str(by(param))
+    return str(by(param)) if callable(by) else path_of(param.keys[:by])
 
 
 def _sizes(job: Job, new: Any, around: list[Any]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..arrays import dtype_name, kind
 from ..errors import ArgumentError, described
+from ..rules._fields import whole
 from ..tree.entry import Entry
 from ..tree.fold import fold
 from ..tree.leaves import Slot, is_trainable
@@ -39,7 +40,7 @@ def summary(state: StateTree, model: Any = None, *, by: By = "owner", depth: int
     if by not in get_args(By):
         msg = f"summary: by is 'owner', 'path' or 'rule'; got {by!r}"
         raise ArgumentError(msg)
-    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
+    if depth is not None and whole(depth, 0) is None:
         msg = f"summary: depth is a whole number >= 0; got {depth!r}"
         raise ArgumentError(msg)
     if depth is not None and by != "owner":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded
+from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded, without_autocast
 from ..engine.advance import advance
 from ..engine.held import Held
 from ..errors import ArgumentError, StructureError, described
@@ -57,7 +57,8 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
 
 def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
     work = prepare(state, model, grads)
-    stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
+    with without_autocast():
+        stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
     leaves = list(work.leaves)
     held, slots = stepped.state._held, state._slots
     if isinstance(held, Held) and held.single and not stepped.graph and _are_plain(work.xs):
@@ -88,7 +89,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         return update_untraced(update_, reason, state, model, grads)
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module)
-    with no_grad():
+    with no_grad(), without_autocast():
         stepped = advance(state, work.xs, work.dxs, work.regular, in_place=True)
         leaves = list(work.leaves)
         replaced = False

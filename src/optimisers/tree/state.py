@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
+import numpy as np
 import optree
 
 from ..arrays import torch_if_loaded
@@ -114,7 +115,7 @@ class StateTree:
             if key != ():
                 raise EntryError(f"this is the state of a single array; its leaf is state[()], not state[{key!r}]")
             return self._leaf(0)
-        if isinstance(key, int) and key < 0 and self._structure.spec.type in {list, tuple}:
+        if isinstance(key, (int, np.integer)) and key < 0 and self._structure.spec.type in {list, tuple}:
             key += self._structure.spec.num_children
         entries = self._structure.spec.entries()
         names = [key == entry and type(key) is type(entry) for entry in entries]

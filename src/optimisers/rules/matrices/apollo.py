@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arrays import Array, abs2, cast_to, dtype_name, kind, matmul, normal, real_dtype, sqrt, sum_over, zeros
-from ...errors import HyperParameterError, RuleError
+from ...errors import HyperParameterError, RuleError, brief
 from .._base import AbstractRule, CompositeRule, Stages, State
-from .._fields import POSITIVE, Choice, Interval, bounded
+from .._fields import POSITIVE, Choice, Interval, bounded, whole
 from .._seeds import stream_key
 from ..adaptive.adamw import AdamW
 
@@ -59,10 +59,12 @@ class Apollo(CompositeRule):
             msg = f"Apollo: field 'opt' must be an AdamW or a learning rate; got {self.opt!r}"
             raise RuleError(msg)
         super().__post_init__()
-        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
-        if not (self.rank is None or number or callable(self.rank)):
-            msg = f"Apollo: field 'rank' must be None, a whole number >= 1 or a function of the longer side; got {self.rank!r}"
+        rank = self.rank if self.rank is None or callable(self.rank) else whole(self.rank, 1)
+        if rank is None and self.rank is not None:
+            expected = "None, a whole number >= 1 or a function of the longer side"
+            msg = f"Apollo: field 'rank' must be {expected}; got {brief(self.rank)}"
             raise HyperParameterError(msg)
+        object.__setattr__(self, "rank", rank)
         if not (self.projection is None or callable(self.projection)):
             msg = f"Apollo: field 'projection' must be None or a callable (shape, refresh) -> array; got {self.projection!r}"
             raise HyperParameterError(msg)
@@ -120,9 +122,10 @@ class Apollo(CompositeRule):
         if rank is None:
             rank = math.ceil(math.sqrt(other))
         elif callable(rank):
-            rank = rank(other)
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                msg = f"Apollo: the rank function gave {rank!r} for a side of {other}; it must give a whole number >= 1"
+            given = rank(other)
+            rank = whole(given, 1)
+            if rank is None:
+                msg = f"Apollo: the rank function gave {brief(given)} for a side of {other}; it must give a whole number >= 1"
                 raise HyperParameterError(msg)
         return int(swapped), other, max(1, min(rank, projected))
 

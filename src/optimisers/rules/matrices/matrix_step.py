@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ...arrays import Array, concatenate
-from ...errors import HyperParameterError, RuleError
+from ...errors import HyperParameterError, RuleError, brief
 from .._base import Stages, State, TransformingRule, Whole
-from .._fields import Choice, Interval, bounded
+from .._fields import Choice, Interval, bounded, whole
 from .newtonschulz import NewtonSchulz, sign_times
 
 SCALES = Choice(("jordan", "moonlight", "rms", "none"))
@@ -59,7 +60,7 @@ class Orthogonalise(TransformingRule):
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        block_sizes(self, shape)
+        block_runs(self, shape)
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         return state, (yield Whole(self, dx))
@@ -74,10 +75,12 @@ def check_matrix_fields(rule: Any) -> None:
     if not isinstance(rule.ns, NewtonSchulz):
         msg = f"{name}: field 'ns' must be a NewtonSchulz; got {rule.ns!r}"
         raise HyperParameterError(msg)
-    sizes = rule.blocks if isinstance(rule.blocks, tuple) else (rule.blocks,)
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        msg = f"{name}: field 'blocks' must be a whole number >= 1, or a tuple of block sizes >= 1; got {rule.blocks!r}"
+    several = isinstance(rule.blocks, (tuple, list))
+    sizes = tuple(whole(n, 1) for n in (rule.blocks if several else (rule.blocks,)))
+    if not sizes or None in sizes:
+        msg = f"{name}: field 'blocks' must be a whole number >= 1, or a tuple of block sizes >= 1; got {brief(rule.blocks)}"
         raise HyperParameterError(msg)
+    object.__setattr__(rule, "blocks", sizes if several else sizes[0])
 
 
 def matrix_shape(shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:
@@ -86,18 +89,16 @@ def matrix_shape(shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:
     return (*lead, rest[0], math.prod(rest[1:]))
 
 
-def block_sizes(rule: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes of the blocks along the output axis of the matrix; RuleError if they do not make up the axis."""
+def block_runs(rule: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The blocks along the output axis of the matrix, neighbours of one size together: (size, how many).
+
+    Raises RuleError if they do not make up the axis.
+    """
     shape = tuple(int(n) for n in shape)
     lead = rule.batch_dims
     output = shape[lead] if rule.layout == "out_in" else shape[lead + 1]
-    if isinstance(rule.blocks, tuple):
-        sizes = rule.blocks
-        fits = sum(sizes) == output
-    else:
-        sizes = (output // rule.blocks,) * rule.blocks
-        fits = output % rule.blocks == 0
-    if not fits:
+    several = isinstance(rule.blocks, tuple)
+    if sum(rule.blocks) != output if several else output % rule.blocks:
         axis = "rows" if rule.layout == "out_in" else "columns"
         msg = (
             f"{type(rule).__name__}: blocks={rule.blocks!r} does not divide the output axis of shape {shape}, which has "
@@ -105,22 +106,24 @@ def block_sizes(rule: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         )
         raise RuleError(msg)
     inner = 1 if rule.layout == "out_in" else math.prod(shape[lead + 2 :])
-    return tuple(size * inner for size in sizes)
+    if not several:
+        return ((output // rule.blocks * inner, rule.blocks),)
+    return tuple((size * inner, len(list(same))) for size, same in groupby(rule.blocks))
 
 
 def matrix_step(rule: Any, u: Array) -> Array:
     """u orthogonalised block by block and scaled, in its own shape."""
     shape = tuple(u.shape)
     matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
-    sizes = block_sizes(rule, shape)
+    runs = block_runs(rule, shape)
     rows_first = rule.layout == "out_in"
-    if len(sizes) == 1:
+    if 0 in shape or (len(runs) == 1 and runs[0][1] == 1):
         return sign_times(_scale(rule, matrix), matrix, rule.ns).reshape(shape)
     if not rows_first:
         matrix = matrix.mT
     pieces = []
     start = 0
-    for size, count in _runs(sizes):  # blocks of one size are orthogonalised as one stack
+    for size, count in runs:  # blocks of one size are orthogonalised as one stack
         lead, columns = matrix.shape[:-2], matrix.shape[-1]
         stack = matrix[..., start : start + size * count, :].reshape((*lead, count, size, columns))
         start += size * count
@@ -128,17 +131,6 @@ def matrix_step(rule: Any, u: Array) -> Array:
         pieces.append(sign_times(scale, stack, rule.ns).reshape((*lead, count * size, columns)))
     whole = concatenate(pieces, axis=-2)
     return (whole if rows_first else whole.mT).reshape(shape)
-
-
-def _runs(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Neighbouring equal sizes as (size, how many)."""
-    runs: list[tuple[int, int]] = []
-    for size in sizes:
-        if runs and runs[-1][0] == size:
-            runs[-1] = (size, runs[-1][1] + 1)
-        else:
-            runs.append((size, 1))
-    return runs
 
 
 def _scale(rule: Any, matrix: Array) -> float:

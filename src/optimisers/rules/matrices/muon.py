@@ -15,7 +15,7 @@ from .._base import AbstractRule, Law, Stages, State, TransformingRule, Whole
 from .._fields import Choice, Interval, bounded
 from ..adaptive.adamw import AdamW
 from ..adaptive.nadam import NAdam
-from .matrix_step import LAYOUTS, SCALES, block_sizes, check_matrix_fields, matrix_step
+from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, matrix_step
 from .newtonschulz import NewtonSchulz
 
 
@@ -139,7 +139,7 @@ class Muon(TransformingRule):
         return state, self.eta * add_multiple(direction, x, self.lambda_)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        block_sizes(self, shape)
+        block_runs(self, shape)
 
     def transform(self, u: Array) -> Array:
         return matrix_step(self, u)

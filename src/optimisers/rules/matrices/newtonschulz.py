@@ -28,9 +28,11 @@ from ...arrays import (
     sqrt,
     symmetric_matmul,
     where,
+    without_autocast,
     working_dtype,
 )
-from ...errors import ArgumentError, HyperParameterError
+from ...errors import ArgumentError, HyperParameterError, brief
+from .._fields import real, whole
 
 Triple = tuple[float, float, float]
 
@@ -93,7 +95,7 @@ class NewtonSchulz:
         if not isinstance(self.coefficients, str):
             try:
                 triples = tuple(tuple(float(v) for v in triple) for triple in self.coefficients)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 triples = ()
             if not triples or any(len(t) != 3 or not all(map(math.isfinite, t)) for t in triples):
                 _refuse("coefficients", self.coefficients, "triples (a, b, c) of finite numbers, one for each step")
@@ -103,16 +105,20 @@ class NewtonSchulz:
             object.__setattr__(self, "steps", len(triples))
         elif self.coefficients not in {"jordan", "you", "polar_express"}:
             _refuse("coefficients", self.coefficients, "'jordan', 'you', 'polar_express' or triples (a, b, c)")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        steps = whole(self.steps, 1)
+        if steps is None:
             _refuse("steps", self.steps, "a whole number >= 1")
+        object.__setattr__(self, "steps", steps)
         if self.coefficients == "you" and self.steps != len(YOU):
             _refuse("steps", self.steps, "5 for coefficients='you', which are made for five steps")
-        if not (isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < math.inf):
+        if real(self.epsilon, 0) is None:
             _refuse("epsilon", self.epsilon, "a finite number >= 0")
         if self.normaliser not in {"add", "clamp"}:
             _refuse("normaliser", self.normaliser, "'add' or 'clamp'")
-        if self.safety is not None and not (isinstance(self.safety, (int, float)) and 1 <= self.safety < math.inf):
+        if self.safety is not None and real(self.safety, 1) is None:
             _refuse("safety", self.safety, "None or a number >= 1")
+        for name in ("epsilon", "safety"):
+            object.__setattr__(self, name, real(getattr(self, name)))
         if self.dtype is not None:
             try:
                 object.__setattr__(self, "dtype", as_dtype_name(self.dtype))
@@ -140,7 +146,7 @@ class NewtonSchulz:
 
 
 def _refuse(name: str, value: Any, expected: str) -> None:
-    msg = f"NewtonSchulz: field {name!r} must be {expected}; got {value!r}"
+    msg = f"NewtonSchulz: field {name!r} must be {expected}; got {brief(value)}"
     raise HyperParameterError(msg)
 
 
@@ -154,13 +160,16 @@ def orthogonalise(x: Array, ns: NewtonSchulz = NewtonSchulz()) -> Array:
             [0.98, 1.03] (``"you"``) or [0.87, 1.12] (``"polar_express"``).
 
     Differentiable over torch. Long matrices are iterated through their Gram matrix, which is algebraically the same.
+    ``torch.autocast`` has no effect on it.
+
     Raises ArgumentError for complex or integer arrays and for fewer than two dimensions.
     """
     if kind(x) is None or not is_inexact(x) or is_complex(x) or len(x.shape) < 2:
         got = f"shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else type(x).__name__
         msg = f"orthogonalise: expected a real floating point array of shape (..., rows, columns), got {got}"
         raise ArgumentError(msg)
-    return sign_times(1.0, x, ns)
+    with without_autocast():
+        return sign_times(1.0, x, ns)
 
 
 def sign_times(scale: Any, x: Array, ns: NewtonSchulz) -> Array:
