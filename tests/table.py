@@ -310,6 +310,7 @@ ROWS = (
         opt.AccumGrad,
         (opt.AccumGrad(2), opt.AccumGrad(1), opt.AccumGrad(n=3)),
         host_counter=True,
+        like_x=False,  # the mean of half-precision gradients is kept in float32
         bad=(
             ({}, UnknownFieldError, "AccumGrad needs its field 'n'; write AccumGrad(n=...)"),
             ({"n": 0}, HyperParameterError, "AccumGrad: field 'n' must be a whole number >= 1; got 0"),
@@ -485,6 +486,7 @@ ROWS = (
         opt.OptimiserChain,
         (opt.OptimiserChain(opt.AccumGrad(2), opt.Adam(0.1)),),
         host_counter=True,
+        like_x=False,
     ),
     Row(
         "Scheduled chain",

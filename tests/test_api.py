@@ -446,6 +446,67 @@ def test_accumulation_steps_every_nth_time_with_the_mean():
     np.testing.assert_allclose(state["w"].state[1], 3.0)
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("size", [3, 6000])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda rule: rule,
+        lambda rule: opt.OptimiserChain(opt.ClipNorm(1e9), rule),
+        opt.Averaged,
+        lambda rule: opt.Scheduled(rule, eta=lambda _: 1.0),
+        lambda rule: opt.MixedPrecision(rule, "float64"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("first", "then", "after", "steps_at"), [(2, 4, 1, 4), (4, 2, 1, 2), (4, 2, 3, 4), (5, 3, 3, 4), (3, 3, 2, 3)]
+)
+def test_gradients_of_one_step_have_one_weight_whenever_their_number_is_adjusted(
+    wrap, first, then, after, steps_at, size, kind
+):
+    """``after`` gradients come before the change, and the step with gradient number ``steps_at``, by the mean of all."""
+    make = np.full if kind == "numpy" else torch.full
+    model = {"w": make((size,), 0.0), "b": make((2,), 0.0)}
+    state = opt.setup(wrap(opt.OptimiserChain(opt.AccumGrad(first), opt.Descent(1.0))), model)
+    for k in range(1, steps_at + 1):
+        assert (model["w"] == 0).all()
+        if k == after + 1:
+            state = opt.adjust(state, n=then)
+        state, model = opt.update(state, model, {"w": make((size,), float(k)), "b": None})
+    mean = (steps_at + 1) / 2
+    np.testing.assert_allclose(model["w"], -mean, rtol=1e-6)
+    assert (model["b"] == 0).all()
+    for _ in range(then):  # from then on it is the new number
+        assert (abs(np.asarray(model["w"]) + mean) < 1e-4).all()
+        state, model = opt.update_(state, model, {"w": make((size,), 1.0), "b": None})
+    np.testing.assert_allclose(model["w"], -mean - 1, rtol=1e-6)
+
+
+def test_a_leaf_and_an_old_state_keep_what_was_gathered():
+    model = {"w": np.zeros(2)}
+    state, _ = opt.update(opt.setup(opt.AccumGrad(2), model), model, {"w": np.ones(2)})
+    adjusted = opt.adjust(state, n=4)
+    assert (state["w"].state.mean == 0.5).all()
+    assert (adjusted["w"].state.mean == 0.25).all()
+    assert opt.adjust(state["w"], n=4) == adjusted["w"]
+    assert opt.adjust(adjusted, n=2) == state
+    assert opt.adjust(state, n=2)["w"].state.mean is state["w"].state.mean
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", [3, 6000])
+def test_small_gradients_count_beside_the_sum_of_many_in_half_precision(dtype, size):
+    dtype = getattr(torch, dtype)
+    model = {"w": torch.zeros(size, dtype=dtype)}
+    state = opt.setup(opt.OptimiserChain(opt.AccumGrad(256), opt.Descent(1.0)), model)
+    assert state["w"].state[0].mean.dtype == torch.float32
+    for k in range(256):
+        state, model = opt.update(state, model, {"w": torch.full((size,), 1.0 if k else 256.0, dtype=dtype)})
+    assert (model["w"] == torch.tensor(-(256 + 255) / 256).to(dtype)).all()
+    small = opt.setup(opt.OptimiserChain(opt.AccumGrad(256), opt.Descent(1.0)), model, state_dtype=dtype)
+    assert small["w"].state[0].mean.dtype == dtype
+
+
 def test_a_schedule_counts_only_steps_taken_and_for_each_leaf():
     seen = {"a": [], "b": []}
 

@@ -190,3 +190,145 @@ def test_the_dtype_of_moments_beside_a_master():
     assert (master.dtype, m.dtype, v.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     np.testing.assert_allclose(master, 0.99, atol=1e-4)
     assert math.isclose(model["w"][0].item(), 0.99, abs_tol=0.004)
+
+
+# --- the parameter is the truth ---------------------------------------------------------------------------------------------
+
+
+def loaded(net):
+    net.load_state_dict({name: torch.full_like(p, 5.0) for name, p in net.state_dict().items()})
+
+
+def clamped(net):
+    for p in net.parameters():
+        p.data.clamp_(-0.05, 0.05)
+
+
+def averaged_into(net):
+    for p in net.parameters():
+        p.data.copy_(0.5 * (p.data.float() + 1))
+
+
+def reinitialised(net):
+    for p in net.parameters():
+        torch.nn.init.constant_(p, 0.25)
+
+
+WRITERS = [loaded, clamped, averaged_into, reinitialised]
+
+
+@HALVES
+@pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        opt.MixedPrecision(opt.Descent(0.0)),
+        opt.MixedPrecision(opt.OptimiserChain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.0, lambda_=0.1))),
+        opt.Scheduled(opt.MixedPrecision(opt.Descent()), eta=lambda _: 0.0),
+        opt.Averaged(opt.MixedPrecision(opt.Descent(0.0))),
+        opt.MixedPrecision(opt.Averaged(opt.Adam(0.0))),
+        opt.MixedPrecision(opt.Muon(opt.AdamW(0.0), eta=0.0)),
+        opt.MixedPrecision(opt.Descent(0.0), "float64"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["1", "0", "rules"])
+def test_what_is_written_to_the_parameters_is_not_undone(dtype, write, rule, mode, switch):
+    switch(mode)
+    net = network().to(dtype)
+    state = opt.setup(rule, net)
+    for _ in range(2):
+        backward(net, dtype)
+        state, net = opt.update_(state, net)
+    write(net)
+    expected = copy.deepcopy(net.state_dict())
+    for _ in range(2):
+        backward(net, dtype)
+        state, net = opt.update_(state, net)
+        for name, p in net.named_parameters():
+            assert torch.equal(p, expected[name])
+    params = dict(net.named_parameters())
+    state = opt.setup(rule, params)
+    state, params = opt.update(state, params, {name: torch.ones_like(p) for name, p in params.items()})
+    params = {name: torch.full_like(p, -3.0) for name, p in params.items()}
+    state, params = opt.update(state, params, {name: torch.ones_like(p) for name, p in params.items()})
+    assert all((p == -3).all() for p in params.values())
+
+
+@pytest.mark.parametrize("size", [6, 6000])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_only_elements_that_were_written_leave_their_masters(size, kind):
+    """Elsewhere the master goes on with what rounding hides: a hundred steps of 1e-5 are 1e-3."""
+    ones = np.ones(size, "float16")
+    model = {"w": ones if kind == "numpy" else torch.tensor(ones).bfloat16()}
+    state = opt.setup(opt.MixedPrecision(opt.Descent(1e-5)), model)
+    grads = {"w": model["w"] + 0}
+    for _ in range(100):
+        state, model = opt.update(state, model, grads)
+    model["w"][0], model["w"][1] = 2.0, math.nan
+    for _ in range(100):
+        state, model = opt.update_(state, model, grads)
+    master = np.asarray(state["w"].state[0])
+    np.testing.assert_allclose(master[0], 2.0 - 1e-3, rtol=1e-6)
+    assert np.isnan(master[1])
+    np.testing.assert_allclose(master[2:], 1.0 - 2e-3, rtol=1e-5)
+
+
+def test_a_wider_parameter_than_its_master_is_the_truth():
+    model = {"w": torch.full((5,), 0.1, dtype=torch.float64)}
+    state = opt.setup(opt.MixedPrecision(opt.Descent(0.0), "bfloat16"), model)
+    grads = {"w": torch.ones(5, dtype=torch.float64)}
+    state, model = opt.update(state, model, grads)
+    assert (model["w"] == torch.tensor(0.1, dtype=torch.bfloat16).double()).all()
+    assert state["w"].state[0].dtype == torch.bfloat16
+    state, model = opt.update(state, {"w": torch.full((5,), 3.0, dtype=torch.float64)}, grads)
+    assert (model["w"] == 3).all()
+
+
+def test_complex_parameters_have_complex_masters_that_follow_them():
+    model = {"w": np.full(3, 1 + 2j, np.complex64)}
+    state = opt.setup(opt.MixedPrecision(opt.Descent(0.0), "float64"), model)
+    state, _ = opt.update(state, model, model)
+    state, model = opt.update(state, {"w": np.full(3, 3 - 1j, np.complex64)}, model)
+    assert (model["w"] == 3 - 1j).all()
+    assert state["w"].state[0].dtype == np.complex128
+
+
+def test_extend_overlap_and_thaw_do_not_bring_stale_masters_back():
+    model = {"w": torch.zeros(4, 2, dtype=torch.bfloat16), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    state = opt.freeze(opt.setup(opt.MixedPrecision(opt.Descent(0.0)), model), where="b")
+    grown = {"w": torch.full((6, 2), 5.0, dtype=torch.bfloat16), "b": torch.full((2,), 5.0, dtype=torch.bfloat16)}
+    state = opt.thaw(opt.extend(state, grown, resize="overlap"))
+    state, grown = opt.update(state, grown, {name: torch.ones_like(p) for name, p in grown.items()})
+    assert all((p == 5).all() for p in grown.values())
+
+
+@HALVES
+@pytest.mark.parametrize("from_state", [False, True])
+def test_a_loaded_state_tells_masters_from_written_parameters(dtype, from_state, tmp_path):
+    """A parameter put back to 1, near enough to its master that another precision would round that to 1 as well."""
+    rule = opt.MixedPrecision(opt.Descent(1e-4))
+    model = {"w": torch.ones(8, dtype=dtype)}
+    state = opt.setup(rule, model)
+    grads = {"w": torch.ones(8, dtype=dtype)}
+    for _ in range(30):
+        state, model = opt.update(state, model, grads)
+    opt.save(tmp_path / "state", state)
+    state = opt.load(tmp_path / "state", like=opt.setup(rule, model) if from_state else model)
+    kept, _ = opt.update(state, model, grads)
+    np.testing.assert_allclose(kept["w"].state[0], 1 - 31e-4, rtol=1e-5)
+    back, _ = opt.update(state, {"w": torch.ones(8, dtype=dtype)}, grads)
+    was_one = torch.equal(model["w"], torch.ones(8, dtype=dtype))
+    np.testing.assert_allclose(back["w"].state[0], 1 - (31e-4 if was_one else 1e-4), rtol=1e-5)
+
+
+def test_the_adapter_trains_what_was_loaded():
+    from optimisers.torch import Optimizer
+
+    net = torch.nn.Linear(2, 2).bfloat16()
+    optimizer = Optimizer(opt.MixedPrecision(opt.Descent(0.0)), net)
+    net.load_state_dict({"weight": torch.full((2, 2), 5.0), "bias": torch.full((2,), 5.0)})
+    net(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    assert (net.weight == 5).all()
+    assert (net.bias == 5).all()

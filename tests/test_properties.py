@@ -493,6 +493,22 @@ def test_absent_gradient_is_no_step(row, rule, lib):
 
 
 @LIBRARIES
+@every()
+def test_what_others_write_to_a_parameter_stays(row, rule, lib):
+    """No rule holds a copy of the parameter that it puts in the place of values loaded, averaged or clamped since."""
+    for dtype in accepted(row, lib):
+        draw = Draw(lib, dtype)
+        model = draw.model(row)
+        small = optree.tree_map(lambda x, to=dtype: convert(0.01 * values(x), lib, to), draw.like(model))
+        state, model = run(rule, model, [small, small])
+        written = optree.tree_map(lambda x, to=dtype: convert(np.full(x.shape, 8.0), lib, to), model)
+        _, usual = run(rule, model, [small], state)
+        _, after = run(rule, written, [small], state)
+        for x, y, z in zip(*map(optree.tree_leaves, (model, usual, after)), strict=True):
+            assert not (abs(values(z) - 8) > 1.1 * abs(values(y) - values(x)) + 4).any()
+
+
+@LIBRARIES
 @pytest.mark.parametrize(
     "rule", [opt.Momentum(), opt.Nesterov(), opt.Adam(), opt.AdamW(lambda_=0.1), opt.Lion(), opt.WeightDecay(0.1)], ids=repr
 )

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 from ..errors import ArgumentError, described, locating
 from ..rules._adjust import Change, adjust_rule
 from ..rules._base import AbstractRule
-from ..tree.entry import Leaf
+from ..rules.gradients.accumgrad import gathers_otherwise, regathered
+from ..tree.entry import Leaf, host_state
 from ..tree.select import selected
-from ..tree.state import StateTree, check_alive, reruled
+from ..tree.state import StateTree, check_alive, rebuilt, reruled
 
 Target = TypeVar("Target", StateTree, Leaf, AbstractRule)
 
@@ -63,7 +64,9 @@ def adjust(
         if target.rule is None:
             msg = "adjust: this leaf is not trained, so it has no rule"
             raise ArgumentError(msg)
-        return Leaf(adjust_rule(target.rule, change), target.state, target.frozen)
+        new = adjust_rule(target.rule, change)
+        gathered = gathers_otherwise(target.rule, new)
+        return Leaf(new, regathered(target.state, target.rule, new) if gathered else target.state, target.frozen)
     msg = f"adjust: expected the state that setup returned, or a rule; got {described(target)}"
     raise ArgumentError(msg)
 
@@ -86,4 +89,23 @@ def _adjust_tree(state: StateTree, change: Change, where: Any) -> StateTree:
             rules.append(entry.rule)
         entries.append(entry.replace(rule=done[key]))
     change.refuse_unfound(found, rules)
-    return reruled(state, entries)
+    return _with_gathered(state, reruled(state, entries))
+
+
+def _with_gathered(before: StateTree, after: StateTree) -> StateTree:
+    """The state after a change of rules, with what an AccumGrad has gathered in the weight that it has now."""
+    known: dict[tuple[int, int], bool] = {}
+    changed = []
+    for i, (old, new) in enumerate(zip(before._heads, after._heads, strict=True)):
+        key = id(old.rule), id(new.rule)
+        if key not in known:
+            known[key] = gathers_otherwise(old.rule, new.rule)
+        if known[key]:
+            changed.append(i)
+    if not changed:
+        return after
+    entries = list(after._entries)
+    for i in changed:
+        was: Any = before._heads[i].rule
+        entries[i] = entries[i].replace(state=regathered(host_state(entries[i]), was, entries[i].rule))  # type: ignore[arg-type]
+    return rebuilt(after, entries)
