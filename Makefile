@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks lint docs bench package release clean
+.PHONY: setup demo test test-frameworks lint docs gallery bench package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -27,6 +27,10 @@ lint: .venv/.installed-torch,lint
 
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The pictures of the documentation. ARGS names some: make gallery ARGS='Lion schedules'
+gallery: .venv/.installed-examples
+	$(BIN)/python examples/gallery.py $(ARGS)
 
 # ARGS is for run.py: make bench ARGS='--quick --only "leaves/*"'
 bench: .venv/.installed-bench

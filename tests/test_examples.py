@@ -138,3 +138,31 @@ def test_digits_reach_their_accuracy_without_torch(tmp_path):
     accuracy = re.search(r"test accuracy ([\d.]+)%", run.stdout)
     assert float(accuracy[1]) >= 95
     assert_picture(tmp_path / "curves.png")
+
+
+# --- the gallery -------------------------------------------------------------------------------------------------------------
+
+
+def gallery(*arguments, **options):
+    command = [sys.executable, str(ROOT / "examples" / "gallery.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+def test_the_gallery_draws_what_it_is_asked_for(tmp_path):
+    done = gallery("Lion", "spectrum", "schedules", "--to", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Lion.png", "schedules.png", "spectrum.png"]
+    for file in tmp_path.iterdir():
+        assert_picture(file)
+        assert file.stat().st_size < 60_000
+
+
+def test_the_gallery_says_what_it_lacks(tmp_path):
+    done = gallery("Leon", "--to", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("there is no picture of Leon; there are ")
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = gallery(env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 1
+    assert "the gallery is drawn with matplotlib, which is not installed (no matplotlib here)" in done.stderr
