@@ -20,7 +20,7 @@ def loops_directory(tmp_path_factory):
 @pytest.fixture
 def switch(monkeypatch, loops_directory):
     """Says how steps are run: ``"1"`` by compiled loops, ``"0"`` by NumPy's, ``"rules"`` by the rules themselves."""
-    from optimisers.engine import held
+    from optimisers.engine.groups import states as held
 
     monkeypatch.setenv("OPTIMISERS_CACHE", str(loops_directory))
     group_key = held._key

@@ -9,7 +9,10 @@ import torch
 
 import optimisers as opt
 from optimisers.arrays import dtype_name, is_number
-from optimisers.engine import build, group, loops, memory
+from optimisers.engine.groups import group
+from optimisers.engine.kernels.c import compiler as build
+from optimisers.engine.kernels.c import loops
+from optimisers.engine.memory import pool as memory
 from optimisers.errors import OptimisersError
 from optimisers.rules._precision import state_leaves
 

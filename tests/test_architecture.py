@@ -17,6 +17,7 @@ from table import ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "optimisers"
 PARTS = ("errors", "schedules", "arrays", "rules", "tree", "engine", "setup_api", "interop")
+ROOMS_OF_ENGINE = ("graph", "kernels", "memory", "tracks", "groups", "eager", "autograd", "tree_step", "torch_compile")
 FACES = {"torch", "optax"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -80,6 +81,28 @@ def test_imports_run_one_way(path):
             continue
         assert rest, f"{name_of(path)}:{line} imports the package itself"
         assert PARTS.index(rest[0]) <= PARTS.index(part), f"{name_of(path)}:{line}: {part} must not import {rest[0]}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "engine"], ids=name_of)
+def test_imports_run_one_way_in_the_engine(path):
+    rooms = {room: i for i, room in enumerate(ROOMS_OF_ENGINE)}
+    own = path.relative_to(SOURCE / "engine").parts[0].removesuffix(".py")
+    for name, _, line in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["optimisers", "engine"] and own != "__init__":
+            assert rooms[parts[2]] <= rooms[own], f"{name_of(path)}:{line}: {own} must not import {parts[2]}"
+
+
+def test_no_circle_of_imports():
+    """No two modules import each other, directly or through others, at import time or later."""
+    files = {"optimisers." + name_of(path).removesuffix(".py").replace("/", "."): path for path in MODULES}
+    files = {name: path for name, path in files.items() if not name.endswith("__init__")}
+    after = {name: {other for other, _, _ in imports(path) if other in files} for name, path in files.items()}
+    while after:
+        free = [name for name, others in after.items() if not others & after.keys()]
+        assert free, f"among these is a circle: {', '.join(sorted(after))}"
+        for name in free:
+            del after[name]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -10,7 +10,7 @@ import torch
 
 import optimisers as opt
 from looped import Counter, adjusted, forget, held, traces
-from optimisers.engine import build
+from optimisers.engine.kernels.c import compiler as build
 from optimisers.errors import CompileWarning
 
 # --- when the compiler runs --------------------------------------------------------------------------------------------------

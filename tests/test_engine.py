@@ -12,8 +12,12 @@ import torch
 
 import optimisers as opt
 from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_exact, raw
-from optimisers.engine import build, dense, group, loops
-from optimisers.engine import held as held_module
+from optimisers.engine.groups import group
+from optimisers.engine.groups import states as held_module
+from optimisers.engine.kernels import threads, work
+from optimisers.engine.kernels.c import compiler as build
+from optimisers.engine.kernels.c import loops
+from optimisers.engine.memory import strides as dense
 from optimisers.rules._base import TransformingRule, walk
 from table import MeanScaled, SignedRoot, cases
 
@@ -158,12 +162,12 @@ def test_much_is_written_past_the_caches(lib, dtype, switch, monkeypatch):
 
 @pytest.mark.parametrize(("lib", "openmp"), [("numpy", None), ("torch", None), ("torch", False)])
 def test_several_threads_give_what_one_gives(lib, openmp, switch, monkeypatch):
-    monkeypatch.setattr(loops, "_ALONE", 1)
-    monkeypatch.setattr(loops, "_TOGETHER", 1)
-    monkeypatch.setattr(loops, "_UNIT", 2**10)
-    monkeypatch.setattr(loops, "threads", lambda: 3)
-    monkeypatch.setattr(loops, "_pool", None)
-    monkeypatch.setattr(loops, "_openmp", openmp)
+    monkeypatch.setattr(threads, "_ALONE", 1)
+    monkeypatch.setattr(threads, "_TOGETHER", 1)
+    monkeypatch.setattr(work, "_UNIT", 2**10)
+    monkeypatch.setattr(threads, "threads", lambda: 3)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_openmp", openmp)
     compare(opt.OptimiserChain(opt.ClipNorm(0.5), opt.Momentum()), lib, "float32", switch, monkeypatch)
 
 
@@ -237,19 +241,19 @@ def test_a_lazy_zero_is_a_gradient(value, switch):
 
 def test_the_pieces_of_an_array_of_more_than_2_to_the_31_elements():
     sizes = np.array([5, 2**31 + 17, 2**14, 2**33], np.int64)
-    work = loops.table(np.array([0, 1, 3]), sizes)
-    leaf, start, count = work.pieces.T
-    assert work.pieces.dtype == np.int64
-    assert work.elements == 5 + 2**31 + 17 + 2**33
+    found = work.table(np.array([0, 1, 3]), sizes)
+    leaf, start, count = found.pieces.T
+    assert found.pieces.dtype == np.int64
+    assert found.elements == 5 + 2**31 + 17 + 2**33
     for i in (0, 1, 3):
         own = leaf == i
         assert count[own].sum() == sizes[i]
         assert (start[own] == np.concatenate([[0], np.cumsum(count[own])[:-1]])).all()
-    assert (leaf[work.starts] == [0, 1, 3]).all()
+    assert (leaf[found.starts] == [0, 1, 3]).all()
     assert (count > 0).all()
-    assert work.first[0] == 0
-    assert work.first[-1] == len(leaf)
-    assert (np.diff(work.first) > 0).all()
+    assert found.first[0] == 0
+    assert found.first[-1] == len(leaf)
+    assert (np.diff(found.first) > 0).all()
 
 
 # --- norms -------------------------------------------------------------------------------------------------------------------

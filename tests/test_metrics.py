@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import optimisers as opt
-from optimisers.engine import step as engine_step
+from optimisers.engine.tracks import single as engine_step
 from optimisers.errors import ArgumentError, ConsumedStateError, GradientError, StructureError
 
 LIBRARIES = pytest.mark.parametrize("lib", ["numpy", "torch"])

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimisers as opt
 from optimisers.arrays import copied, kind
-from optimisers.engine import blocks, held, layout, packed
-from optimisers.engine.step import Job, step
+from optimisers.engine.eager import layout, packed
+from optimisers.engine.groups import states as held
+from optimisers.engine.kernels import numpy_blocks as blocks
+from optimisers.engine.tracks.single import Job, step
 from optimisers.errors import NonFiniteError
 from optimisers.rules._precision import state_leaves
 from table import MeanScaled, cases
@@ -141,7 +143,7 @@ def test_without_a_compiler_parameters_are_held_by_group(without_compiler):
 
 
 def test_blocks_on_threads(without_compiler, monkeypatch):
-    from optimisers.engine import loops
+    from optimisers.engine.kernels.c import loops
 
     monkeypatch.setattr(loops, "_ALONE", 16)
     monkeypatch.setattr(loops, "threads", lambda: 3)

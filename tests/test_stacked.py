@@ -10,8 +10,8 @@ import optimisers as opt
 from golden_data import made
 from matrices import assert_alike, drawn, trained
 from optimisers.arrays import share_memory
-from optimisers.engine import stacked
-from optimisers.engine.stacked import stackable_groups
+from optimisers.engine.tracks import stacks as stacked
+from optimisers.engine.tracks.stacks import stackable_groups
 from optimisers.rules._base import Together
 from optimisers.rules._precision import state_leaves
 from table import cases, halving

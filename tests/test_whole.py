@@ -11,7 +11,7 @@ import optimisers as opt
 from golden_data import numpy_of
 from looped import Counter, held
 from matrices import assert_alike, drawn, trained
-from optimisers.engine import group
+from optimisers.engine.groups import group
 from optimisers.rules._base import TransformingRule, Whole
 from optimisers.rules._precision import state_leaves
 from optimisers.rules.matrices import muon

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..arrays import as_array, as_dtype_name, copied, detached, kind, share_memory
-from ..engine.step import check_state
+from ..engine.tracks.single import check_state
 from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
 from ..rules import ClipGlobalNorm
 from ..rules._base import AbstractRule, walk

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded, without_autocast
-from ..engine.advance import advance
-from ..engine.held import Held
+from ..engine.groups.states import Held
+from ..engine.tree_step import advance
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
 from ..tree.entry import device_of
@@ -49,7 +49,7 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
         )
         raise ArgumentError(msg)
     if is_compiling():
-        from ..engine.compiling import update_traced
+        from ..engine.torch_compile import update_traced
 
         return update_traced(_update, state, model, grads, differentiable=differentiable)
     return _update(state, model, grads, differentiable=differentiable)
@@ -83,7 +83,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     graph. Raises as `update` does, and then has changed nothing.
     """
     if is_compiling():
-        from ..engine.compiling import update_untraced
+        from ..engine.torch_compile import update_untraced
 
         reason = "update_ writes to memory that torch.compile manages itself; inside torch.compile use update"
         return update_untraced(update_, reason, state, model, grads)
@@ -217,7 +217,7 @@ def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
     """What makes of (new value, old value) the new one as the model is to hold it: without a graph, a leaf of the old class."""
     if graph or torch_if_loaded() is None:
         return lambda new, _: new
-    from ..engine.torch_graph import as_parameter
+    from ..engine.autograd import as_parameter
 
     return as_parameter
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arrays import Tape, Traced, maximum, minimum, sign
+from ...arrays import Tape, Traced, maximum, minimum, sign
+from ..graph.program import MEASURED, SUMS, Program
 from .layout import Layout, layout
-from .program import MEASURED, SUMS, Program
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg, "abs": abs,

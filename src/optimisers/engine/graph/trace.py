@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
-from ..errors import OptimisersError
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Stages, Together, Whole
-from ..rules._precision import in_working_precision, state_leaves
-from ..rules.wrappers.scheduled import Scheduled
+from ...arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
+from ...errors import OptimisersError
+from ...rules._base import AbstractRule, Assign, MeasuredRule, Stages, Together, Whole
+from ...rules._precision import in_working_precision, state_leaves
+from ...rules.wrappers.scheduled import Scheduled
 from .program import COMPILED, Boundary, Part, Place, Program, Schedule, Transform, program_of
 
 # --- rules as structure and numbers -----------------------------------------------------------------------------------------

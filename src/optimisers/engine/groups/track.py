@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Tape, Traced, dtype_name, torch_if_loaded
-from ..errors import RuleError, locating
-from ..rules._base import MeasuredRule
-from ..rules._norm import NormRule
-from .dense import Vector, addresses_of, element_strides, laid_out_as, native_dtype
+from ...arrays import Tape, Traced, dtype_name, torch_if_loaded
+from ...errors import RuleError, locating
+from ...rules._base import MeasuredRule
+from ...rules._norm import NormRule
+from ..graph.program import Boundary, Program, Transform
+from ..kernels.work import Table
+from ..memory.pool import Column
+from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype
+from ..tracks.single import Request, Track
 from .group import Columns, Group, Stack, Variant, holding, inner
-from .loops import Table
-from .memory import Column
-from .program import Boundary, Program, Transform
-from .step import Request, Track
 
 
 class Missed(Exception):  # noqa: N818 (a signal)
@@ -201,6 +201,18 @@ class GroupTrack(Track):
             chosen: Any = slice(None) if self.whole else self.members
             for k, values in enumerate(self.program.counting.run(self._inputs())):
                 counters[chosen, k] = values
+
+
+class Repeat(NamedTuple):
+    """How all parameters of a group were stepped last, which is how they are stepped again while nothing has changed."""
+
+    slots: list[int]
+    dx_dtype: Any
+    x_places: list[int]
+    dx_places: list[int]
+    addresses: list[Vector]
+    """Of parameters, gradients and states."""
+    tracks: list[GroupTrack]
 
 
 def waits(node: Traced, program: Program, asked: int) -> bool:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
-from ..rules._base import AbstractRule, children
-from ..rules._precision import state_leaves
-from ..rules.wrappers.averaged import Averaged
-from ..rules.wrappers.chain import OptimiserChain
-from ..rules.wrappers.mixedprecision import MixedPrecision
-from ..rules.wrappers.scheduled import Scheduled
-from ..tree.entry import Entry, Lease
-from ..tree.leaves import Slot
-from . import build
-from .dense import Vector, element_strides, is_loopable
+from ...arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
+from ...rules._base import AbstractRule, children
+from ...rules._precision import state_leaves
+from ...rules.wrappers.averaged import Averaged
+from ...rules.wrappers.chain import OptimiserChain
+from ...rules.wrappers.mixedprecision import MixedPrecision
+from ...rules.wrappers.scheduled import Scheduled
+from ...tree.entry import Entry, Lease
+from ...tree.leaves import Slot
+from ..graph.program import COMPILED
+from ..graph.trace import filled, form_of, nesting, structure_of_rule
+from ..kernels.c import compiler as build
+from ..memory.pool import Column, Pool
+from ..memory.strides import Vector, element_strides, is_loopable
 from .group import Group
-from .memory import Column, Pool
-from .program import COMPILED
-from .trace import filled, form_of, nesting, structure_of_rule
-
-if TYPE_CHECKING:
-    from .group_step import Repeat
+from .track import Repeat
 
 COMPILE_FROM = 2**12
 """Elements from which on a group is worth a compilation at once."""

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
-from ..errors import NonFiniteError, RuleError, described, locating
-from ..rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, Whole, walk
-from ..rules._precision import in_working_precision, map_state, state_leaves
-from .stacked import answers
+from ...arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
+from ...errors import NonFiniteError, RuleError, described, locating
+from ...rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, Whole, walk
+from ...rules._precision import in_working_precision, map_state, state_leaves
+from .stacks import answers
 
 
 class Job(NamedTuple):

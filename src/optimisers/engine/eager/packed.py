@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, working_dtype
-from ..rules._precision import state_leaves, usable_in_float16
-from .dense import is_dense
-from .group import Group, Variant, hyper_of, inner
-from .group_track import Missed, waits
-from .interpret import Run, Script
+from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, working_dtype
+from ...rules._precision import state_leaves, usable_in_float16
+from ..graph.program import Boundary, Part
+from ..graph.trace import filled, nesting, structure_of_rule
+from ..groups.group import Group, Variant, hyper_of, inner
+from ..groups.track import Missed, waits
+from ..memory.strides import is_dense
+from ..tracks.single import Job, Outcome, Request, Track, beside
 from .layout import flat
-from .program import Boundary, Part
-from .step import Job, Outcome, Request, Track, beside
-from .trace import filled, nesting, structure_of_rule
+from .script import Run, Script
 
 LIMIT = 2**24
 """Elements that are packed together. It bounds the memory that a step needs beside its results."""

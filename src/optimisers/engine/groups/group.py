@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Untraceable, is_number, torch_if_loaded
-from ..errors import CompileWarning, locating
-from ..rules._base import AbstractRule, walk
-from ..rules._precision import state_leaves
-from . import build
-from .blocks import Blocks
-from .dense import DTYPE, OF_ARRAY, OF_TENSOR, Vector, element_strides, guard_of, is_compiled_dtype, is_row_major
-from .loops import Loops, Table, table
-from .memory import Layout
-from .program import Place, Program, Schedule
-from .stacked import CPU_STACK, in_stacks, likeness
-from .trace import filled, numbers_of, structure_of_rule, trace
+from ...arrays import Untraceable, is_number, torch_if_loaded
+from ...errors import CompileWarning, locating
+from ...rules._base import AbstractRule, walk
+from ...rules._precision import state_leaves
+from ..graph.program import Place, Program, Schedule
+from ..graph.trace import filled, numbers_of, structure_of_rule, trace
+from ..kernels.backend import Kernels, kernels_of
+from ..kernels.c import compiler as build
+from ..kernels.work import Table, table
+from ..memory.pool import Layout
+from ..memory.strides import DTYPE, OF_ARRAY, OF_TENSOR, Vector, element_strides, guard_of, is_compiled_dtype, is_row_major
+from ..tracks.stacks import CPU_STACK, in_stacks, likeness
 
 _VARIANTS = 16
 # Where nothing is copied for it, also large arrays are transformed by twos: products of two matrices at a time are a tenth
@@ -61,14 +61,14 @@ class Variant:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._made: dict[bool, Loops | Blocks] = {}
+        self._made: dict[bool, Kernels] = {}
         self.scripts: dict[frozenset[str], Any] = {}
 
-    def loops(self) -> Loops | Blocks:
+    def loops(self) -> Kernels:
         """The loops, made when they are asked for first."""
         compiled = build.switch() != "0"
         if compiled not in self._made:
-            self._made[compiled] = Loops.of(self.program)
+            self._made[compiled] = kernels_of(self.program)
         return self._made[compiled]
 
 

@@ -5,29 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..arrays import Untraceable, cast_to, dtype_name, torch_if_loaded, working_dtype
-from ..tree.entry import Lease
-from .dense import Vector, addresses_of, element_strides, is_loopable, laid_out_as, native_dtype, places
-from .group_track import GroupTrack
-from .held import Generation
-from .memory import SMALL, Column, Pool
-from .program import COMPILED
-
-
-class Repeat(NamedTuple):
-    """How all parameters of a group were stepped last, which is how they are stepped again while nothing has changed."""
-
-    slots: list[int]
-    dx_dtype: Any
-    x_places: list[int]
-    dx_places: list[int]
-    addresses: list[Vector]
-    """Of parameters, gradients and states."""
-    tracks: list[GroupTrack]
+from ...arrays import Untraceable, cast_to, dtype_name, torch_if_loaded, working_dtype
+from ...tree.entry import Lease
+from ..graph.program import COMPILED
+from ..memory.pool import SMALL, Column, Pool
+from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, native_dtype, places
+from .states import Generation
+from .track import GroupTrack, Repeat
 
 
 class GroupStep:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..arrays import HOST, Traced, Untraceable
-from .program import Pass, Program
+from ....arrays import HOST, Traced, Untraceable
+from ...graph.program import Pass, Program, all_passes
 
 _C_TYPES = {"float32": "float", "float64": "double", HOST: "double", "int": "double", "bool": "int", "bfloat16": "uint16_t"}
 _INFIX = {
@@ -127,11 +127,6 @@ def source(program: Program) -> str:
     if program.last.stores:
         functions.append(_function(program, program.last, "pass_apart", apart=True))
     return _HEADER + "".join(functions)
-
-
-def all_passes(program: Program) -> list[Pass]:
-    """The passes in the order of their functions; the last one writes."""
-    return [p for passes in program.before for p in passes] + [program.last]
 
 
 def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -> str:

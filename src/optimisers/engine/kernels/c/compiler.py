@@ -16,7 +16,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from ..errors import CompileWarning
+from ....errors import CompileWarning
 
 # No option that changes results: products and sums stay apart, NaN and infinity keep their meaning.
 _FLAGS = (

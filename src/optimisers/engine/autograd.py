@@ -12,7 +12,7 @@ from ..arrays import kind
 from ..arrays._torch import is_transformed
 from ..rules._base import AbstractRule, walk
 from ..rules._precision import state_leaves
-from .step import Job
+from .tracks.single import Job
 
 
 def wants_graph(jobs: Iterable[Job]) -> bool:

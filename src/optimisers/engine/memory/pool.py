@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tree.entry import Lease
-from .dense import addresses_of
+from ...tree.entry import Lease
+from .strides import addresses_of
 
 Vector = np.ndarray[Any, Any]
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Tape, Traced, Untraceable
-from .program import Pass, Program
+from ...arrays import Tape, Traced, Untraceable
+from ..graph.program import Pass, Program, all_passes
+from .threads import on_threads
+from .work import Table
 
 Vector = np.ndarray[Any, Any]
 
@@ -236,8 +238,6 @@ class Blocks:
     """The passes of a program, run by NumPy; in the place of compiled loops."""
 
     def __init__(self, program: Program) -> None:
-        from .source import all_passes
-
         self.sheets = [Sheet(program, this) for this in all_passes(program)]
         self._program = program
         self._cuts: dict[int, tuple[Any, Cut]] = {}
@@ -246,7 +246,7 @@ class Blocks:
     def prepared(
         self,
         index: int,
-        work: Any,
+        work: Table,
         pointers: Vector,
         numbers: Vector,
         *,
@@ -255,9 +255,7 @@ class Blocks:
         """As `Loops.prepared`; NumPy's results go through the caches in any case."""
         return lambda: self._run(index, work, pointers, numbers)
 
-    def _run(self, index: int, work: Any, pointers: Vector, numbers: Vector) -> list[Any]:
-        from .loops import on_threads
-
+    def _run(self, index: int, work: Table, pointers: Vector, numbers: Vector) -> list[Any]:
         sheet, blocks = self.sheets[index], self._blocks(work)
         if not sheet.steps and not sheet.copies and not sheet.sums:
             return []
@@ -271,7 +269,7 @@ class Blocks:
         on_threads(_work, (sheet, blocks, units, arrays, given, sums), blocks.elements)
         return [join.reduceat(sums[:, k], blocks.starts) for k, join in enumerate(sheet.joins)]
 
-    def _blocks(self, work: Any) -> Cut:
+    def _blocks(self, work: Table) -> Cut:
         kept = self._cuts.get(id(work))
         if kept is None or kept[0] is not work:
             if len(self._cuts) >= _CUTS:

@@ -14,14 +14,14 @@ from ..errors import TieError
 from ..rules._precision import map_state, state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.state import StateTree, rebuilt
-from .dense import element_strides, is_loopable
-from .group_step import GroupStep
-from .group_track import Missed
-from .held import Held, Lineage, grouped
-from .step import Job, Outcome, Single, quiet, run
+from .groups.states import Held, Lineage, grouped
+from .groups.step import GroupStep
+from .groups.track import Missed
+from .memory.strides import element_strides, is_loopable
+from .tracks.single import Job, Outcome, Single, quiet, run
 
 if TYPE_CHECKING:
-    from .packed import Packed
+    from .eager.packed import Packed
 
 
 class Stepped(NamedTuple):
@@ -86,7 +86,7 @@ def _packed(jobs: dict[int, Job], *, packs: bool, in_place: bool) -> tuple[Seque
     """Jobs on other devices as tracks that step many, and those that are left."""
     if not packs or not jobs or not _may_pack():
         return [], jobs
-    from .packed import pack
+    from .eager.packed import pack
 
     return pack(jobs, in_place=in_place)
 
@@ -343,7 +343,7 @@ def _wants_graph(
         return False
     if not any(kind(x) == "torch" for x in xs):
         return False
-    from . import torch_graph
+    from . import autograd as torch_graph
 
     if differentiable:
         return True
@@ -357,6 +357,6 @@ def _wants_graph(
 def _mode(jobs: Any, *, graph: bool) -> AbstractContextManager[Any]:
     if torch_if_loaded() is None or not jobs:
         return nullcontext()
-    from . import torch_graph
+    from . import autograd as torch_graph
 
     return torch_graph.mode(graph=graph)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import torch_if_loaded
-from .program import COMPILED
+from ...arrays import torch_if_loaded
+from ..graph.program import COMPILED
 
 Vector = np.ndarray[Any, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..arrays import Tape, Traced, Tracer
+from ...arrays import Tape, Traced, Tracer
 
 COMPILED = frozenset({"bfloat16", "float32", "float64"})
 """The dtypes that loops are made for."""
@@ -198,3 +198,8 @@ def _passes(targets: list[Traced], done: dict[int, str], names: list[str]) -> li
             names.append(node.value)
         result.append(Pass(reductions=levels[level]))
     return result
+
+
+def all_passes(program: Program) -> list[Pass]:
+    """The passes in the order of their functions; the last one writes."""
+    return [p for passes in program.before for p in passes] + [program.last]

@@ -1,0 +1,1 @@
+"""Parameters that are stepped together: what they have in common, their state, and one step of them."""

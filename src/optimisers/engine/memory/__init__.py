@@ -1,0 +1,1 @@
+"""Where arrays lie, and who may write where."""
