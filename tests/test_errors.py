@@ -360,8 +360,8 @@ CASES = [
         "tuple for a namedtuple",
         lambda w: w.grads(pair=(w.ones(2), w.ones(2))),
         StructureError,
-        "gradient at 'pair': expected a Pair of 2, got a tuple of 2. A gradient has the model's "
-        "structure; put None where there is no gradient",
+        "gradient at 'pair': expected a Pair of 2, got a tuple of 2. A gradient has the model's structure. torch.autograd.grad "
+        "gives a tuple, in the order of what it was asked for; make a Pair of it: Pair(*grads)",
     ),
     gradient(
         "namedtuple for a tuple",
@@ -991,7 +991,8 @@ CASES = [
         "sparse parameter",
         lambda w: opt.setup(opt.Adam(), {"a": sparse_parameter()}),
         ModelError,
-        "the array at 'a' is a torch.sparse_coo tensor; only strided (dense) tensors can be trained",
+        "the array at 'a' is a torch.sparse_coo tensor; only strided (dense) tensors can be trained. If it is "
+        "not to be trained, say so: requires_grad_(False), trainable=, or a rule of None",
         TORCH,
     ),
     Case(

@@ -66,14 +66,12 @@ def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views of one storage."""
     if memory_of(a) is None or memory_of(b) is None or a.device != b.device:
         return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return _storage_address(a) == _storage_address(b)
 
 
 def memory_key(x: torch.Tensor) -> int | None:
     """The address of the storage, or None for a tensor without one."""
-    if memory_of(x) is None:
-        return None
-    return x.untyped_storage().data_ptr() or None
+    return None if memory_of(x) is None else _storage_address(x) or None
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -88,7 +86,15 @@ def memory_of(x: torch.Tensor) -> tuple[Any, int] | None:
         return None
     if is_transformed(x) or isinstance(x, FakeTensor) or x.is_meta or x.layout != torch.strided or x._is_zerotensor():
         return None
-    return str(x.device), x.data_ptr()
+    return None if _storage_address(x) is None else (str(x.device), x.data_ptr())
+
+
+def _storage_address(x: torch.Tensor) -> int | None:
+    """Where the storage begins; None for a subclass that only wraps other tensors."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 def quick_in_bfloat16(device: torch.device) -> bool:

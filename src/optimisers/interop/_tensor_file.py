@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..arrays import dtype_name, kind, torch_if_loaded
+from ..arrays import address, dtype_name, kind, torch_if_loaded
 from ..errors import CheckpointError, MissingPackageError
 
 CODES = {
@@ -207,6 +207,9 @@ def stored(x: Any, where: str) -> tuple[Any, dict[str, Any]]:
     axes = memory_order(x)
     if axes != sorted(axes):
         known["axes"] = axes
+    if torch_is and x.numel() and address(x) is None:
+        msg = f"save: {where} is a {type(x).__name__}, a tensor that has no bytes of its own; unwrap it first"
+        raise CheckpointError(msg)
     x = x.contiguous() if torch_is else np.array(x, order="C", copy=None)
     if known["dtype"].startswith("complex"):
         x = _torch().view_as_real(x) if torch_is else x[..., None].view(x.real.dtype)
@@ -240,7 +243,12 @@ def restored(x: Any, known: Mapping[str, Any], array_kind: str, device: Any) -> 
             raise ValueError(msg)
         back = [axes.index(i) for i in range(x.ndim)]
         x = x.permute(axes).contiguous().permute(back) if array_kind == "torch" else x.transpose(axes).copy().transpose(back)
-    return x if array_kind == "numpy" or device is None else x.to(device)
+    if array_kind == "numpy" or device is None:
+        return x
+    if device.type == "meta":
+        msg = "it would go to the meta device, which holds no numbers; load into a model that has some"
+        raise ValueError(msg)
+    return x.to(device)
 
 
 def _torch() -> Any:

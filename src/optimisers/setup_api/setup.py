@@ -13,7 +13,7 @@ from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
 from ..rules._precision import map_state
 from ..tree.entry import Entry, Lease, numbers_in
-from ..tree.leaves import Slot, find
+from ..tree.leaves import Slot, find, refuse_unsteppable
 from ..tree.param import Param
 from ..tree.paths import shown
 from ..tree.state import StateTree
@@ -76,7 +76,8 @@ def planned(
     shared: dict[AbstractRule, AbstractRule] = {}  # arrays with equal rules share one
     entries = []
     for slot, (own, reason) in zip(found.slots, chosen, strict=True):
-        x = example(found.leaves[slot.places[0].leaf])
+        x = found.leaves[slot.places[0].leaf]
+        x = x if own is None else example(x)
         entries.append(first_entry(own, reason, slot, x, dtype, shared, lease))
     check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
     return StateTree(found.structure, found.slots, entries)
@@ -128,6 +129,7 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
 
 def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     """The state of a rule for an array."""
+    refuse_unsteppable(x, slot.path)
     start = detached(x)  # moments start outside any graph; a learned field enters it when applied
     with locating(slot.path):
         state = rule.init(start) if dtype is None else rule.init_as(start, dtype)

@@ -76,10 +76,22 @@ def _moved(slot: Slot, entry: Entry, device: Any, dtype: str | None, fresh: Leas
     if dtype is not None and entry.rule is not None:
         after = _cast(slot, entry.rule, before, dtype)
     if device is not None:
+        _refuse_meta(before, device, slot.path)
         after = map_state(lambda leaf: leaf.to(device) if kind(leaf) == "torch" else leaf, after)
     old = {id(leaf) for leaf in state_leaves(before) if kind(leaf)}
     shares = any(id(leaf) in old for leaf in state_leaves(after) if kind(leaf))
     return entry.replace(state=after, lease=entry.lease if shares else fresh)
+
+
+def _refuse_meta(state: Any, device: Any, path: str) -> None:
+    """Raise ArgumentError for a state on the meta device, from where there is nothing to move."""
+    on = device_of(state)
+    if on is not None and on.type == "meta" and str(device) != "meta":
+        msg = (
+            f"the state of {shown(path)} is on the meta device, which holds no numbers to move; set up a new state once the "
+            "model has some, state = opt.setup(rule, model)"
+        )
+        raise ArgumentError(msg)
 
 
 def _cast(slot: Slot, rule: AbstractRule, state: Any, dtype: str) -> Any:

@@ -177,11 +177,10 @@ def _check_device(slot: Slot, state: StateTree, i: int, x: Any) -> None:
         return
     device = device_of(state._entries[i].state if held else state._heads[i].state)
     if device is not None and device != x.device:
-        msg = (
-            f"model at {shown(slot.path)}: the parameter is on {x.device}, its state on {device}; move the state as well, "
-            f"state = opt.to(state, device={str(x.device)!r})"
-        )
-        raise StructureError(msg)
+        remedy = f"move the state as well, state = opt.to(state, device={str(x.device)!r})"
+        if device.type == "meta":
+            remedy = "which holds no numbers; set up a new state now that the model has some, state = opt.setup(rule, model)"
+        raise StructureError(f"model at {shown(slot.path)}: the parameter is on {x.device}, its state on {device}; {remedy}")
 
 
 def checked_leaves(state: StateTree, model: Any) -> list[Any]:

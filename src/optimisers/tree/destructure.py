@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import kind, torch_if_loaded
 from ..errors import ArgumentError, ModelError, described
-from .leaves import Found, Slot, find
+from .leaves import Found, Slot, find, refuse_unsteppable
 
 
 def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -24,7 +24,7 @@ def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     Raises ModelError for a model of NumPy and torch arrays mixed or on several devices; ``rebuild`` raises ArgumentError
     for a vector of the wrong kind, shape or size.
     """
-    found = find(model)
+    found = _found(model)
     arrays = [found.leaves[slot.places[0].leaf] for slot in found.slots]
     kinds = {slot.kind for slot in found.slots}
     if len(kinds) > 1:
@@ -52,6 +52,14 @@ def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
         return _rebuilt(flat, found.structure, found.slots, rest, skeleton)
 
     return flat, rebuild
+
+
+def _found(model: Any) -> Found:
+    """The arrays of a model, all of which can be stepped."""
+    found = find(model)
+    for slot in found.slots:
+        refuse_unsteppable(found.leaves[slot.places[0].leaf], slot.path)
+    return found
 
 
 def _rebuilt(flat: Any, structure: Any, slots: tuple[Slot, ...], rest: list[Any], skeleton: Any) -> Any:
@@ -104,6 +112,6 @@ def trainables(model: Any, *, path: bool = False) -> list[Any]:
     Trainable are real and complex floating point arrays; for torch also ``requires_grad`` if the model holds Parameters.
     Raises ModelError if there are none, or if arrays are hidden where they would not be trained.
     """
-    found: Found = find(model)
+    found = _found(model)
     pairs = [(slot.path, found.leaves[slot.places[0].leaf]) for slot in found.slots]
     return pairs if path else [array for _, array in pairs]

@@ -46,7 +46,11 @@ def check_gradient(dx: Any, x: Any, path: str) -> None:
     found = kind(dx)
     if found is None:
         if isinstance(dx, (dict, list, tuple)):
-            raise StructureError(f"{at}: {expected}, got {described(dx)}; put an array here, or None")
+            single = isinstance(dx, (list, tuple)) and len(dx) == 1
+            remedy = "; put an array here, or None" + (
+                "; torch.autograd.grad gives a tuple, take its item [0]" if single else ""
+            )
+            raise StructureError(f"{at}: {expected}, got {described(dx)}{remedy}")
         what = f"a {type(dx).__module__}.{type(dx).__name__}" if hasattr(dx, "shape") else described(dx)
         raise GradientError(f"{at}: {expected}, got {what}. Convert it, or put None where there is no gradient")
     if found != kind(x):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MappingView, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,8 +68,9 @@ class Found(NamedTuple):
 def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
     """The trainable arrays of a model.
 
-    Raises ModelError for arrays that would be passed over silently (in unregistered classes, of foreign libraries,
-    sparse), for colliding paths and if nothing is trainable; TieError for memory that overlaps otherwise than by a tie.
+    Raises ModelError for arrays that would be passed over silently (in unregistered classes, of foreign libraries, in
+    generators), for parameters without a shape, for colliding paths and if nothing is trainable; TieError for memory that
+    overlaps otherwise than by a tie.
     """
     structure, leaves, owners = structure_of(model)
     paths = structure.paths
@@ -84,6 +85,8 @@ def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
         owner_of = {name: owner for name, _, owner in named_parameters(model)} if structure.aliases else {}
         for alias, name in structure.aliases:
             aliases.setdefault(name, []).append((alias, owner_of[alias]))
+    for i in wanted:
+        _refuse_shapeless(leaves[i], paths[i])
     slots, params = [], []
     for group in tied_groups([leaves[i] for i in wanted], [paths[i] for i in wanted]):
         places = tuple(Place(wanted[i], permutation) for i, permutation in group)
@@ -132,20 +135,17 @@ def is_trainable(leaf: Any) -> bool:
 
 def refuse_hidden_arrays(leaf: Any, path: str) -> None:
     """Raise ModelError for a leaf whose arrays training would silently pass over."""
-    if kind(leaf) == "torch" and str(leaf.layout) != "torch.strided":
-        msg = f"the array at {shown(path)} is a {leaf.layout} tensor; only strided (dense) tensors can be trained"
-        raise ModelError(msg)
     if kind(leaf) == "numpy" and dtype_name(leaf) == "bfloat16":
         msg = f"the array at {shown(path)} is a NumPy array of bfloat16, which NumPy cannot compute in; use a torch tensor"
         raise ModelError(msg)
-    if kind(leaf) == "torch" and (is_inexact(leaf) and dtype_name(leaf).startswith(("float8", "float4", "complex32"))):
-        msg = (
-            f"the array at {shown(path)} is {dtype_name(leaf)}, in which no rule computes; train a copy in bfloat16 or "
-            "wider and cast it for the forward pass"
-        )
-        raise ModelError(msg)
     if kind(leaf) is not None or isinstance(leaf, _PLAIN):
         return
+    if isinstance(leaf, (Iterator, MappingView)):
+        msg = (
+            f"the model holds a {type(leaf).__name__} at {shown(path)}, whose arrays can be seen only by going through it. "
+            "Give a torch.nn.Module itself in the place of its parameters(), or make a list or a dict of them"
+        )
+        raise ModelError(msg)
     if is_module(leaf):
         msg = (
             f"the model holds a torch.nn.Module at {shown(path)}; give setup the module itself, or put "
@@ -165,6 +165,42 @@ def refuse_hidden_arrays(leaf: Any, path: str) -> None:
             f"arrays ({', '.join(hidden[:4])}) that would not be trained. Register the class, for example with "
             "optree.dataclasses.dataclass or optree.register_pytree_node_class, or put the arrays into a dict"
         )
+        raise ModelError(msg)
+
+
+def refuse_unsteppable(x: Any, path: str) -> None:
+    """Raise ModelError for an array that no rule can step. A model may hold it as long as it is not to be trained."""
+    what = _unsteppable(x) if kind(x) == "torch" else None
+    if what is not None:
+        msg = (
+            f"the array at {shown(path)} is {what}. If it is not to be trained, say so: requires_grad_(False), trainable=, or "
+            "a rule of None"
+        )
+        raise ModelError(msg)
+
+
+def _unsteppable(x: Any) -> str | None:
+    """What makes it impossible to step a tensor, and what to do about it."""
+    if str(x.layout) != "torch.strided":
+        return f"a {x.layout} tensor; only strided (dense) tensors can be trained"
+    if dtype_name(x).startswith(("float8", "float4", "complex32")):
+        return f"{dtype_name(x)}, in which no rule computes; train a copy in bfloat16 or wider and cast it for the forward pass"
+    return None
+
+
+def _refuse_shapeless(x: Any, path: str) -> None:
+    """Raise ModelError for a tensor that has no shape, or none yet."""
+    torch = torch_if_loaded()
+    if torch is None or kind(x) != "torch":
+        return
+    if torch.nn.parameter.is_lazy(x):
+        msg = (
+            f"the parameter at {shown(path)} belongs to a lazy layer and has no shape yet; run the model once, on any batch, "
+            "and then set up"
+        )
+        raise ModelError(msg)
+    if x.is_nested:
+        msg = f"the array at {shown(path)} is a nested tensor, which no rule steps; keep it out of the model"
         raise ModelError(msg)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -238,7 +239,8 @@ def state_bytes(state: Any) -> int:
 
 def bytes_of(dtype: str) -> int:
     """The bytes of an element of the dtype of this name."""
-    return int("".join(filter(str.isdigit, dtype))) // 8
+    bits = re.search(r"\d+", dtype)
+    return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def bytes_text(count: int) -> str:

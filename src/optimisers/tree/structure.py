@@ -107,10 +107,12 @@ class ModuleStructure:
         elif isinstance(model, Mapping):
             named = dict(model)
         else:
-            msg = (
-                f"the state was set up for a torch.nn.Module; the {what} must be that module or a dict of its named "
-                f"parameters, not {described(model)}"
-            )
+            if what == "gradient":
+                expected = "a dict of its parameters' names, or be left out to use .grad"
+                hint = "; of the tuple that torch.autograd.grad gives, make dict(zip(names, grads))"
+            else:
+                expected, hint = "that module or a dict of its named parameters", ""
+            msg = f"the state was set up for a torch.nn.Module; the {what} must be {expected}, not {described(model)}{hint}"
             raise ArgumentError(msg)
         known = {*self.paths, *dict(self.aliases)}
         missing = [path for path in self.paths if path not in named]
@@ -235,7 +237,8 @@ def _align(model: Any, other: Any, keys: tuple[Any, ...], what: str, *, skip: bo
     where = f"{what} at {shown(path_of(keys))}"
     if isinstance(model, _DICTS):
         if not isinstance(other, _DICTS):
-            raise StructureError(f"{where}: expected a dict with keys {_names(entries)}, got {_kind(other)}{_remedy(what)}")
+            remedy = _remedy(what, model, other)
+            raise StructureError(f"{where}: expected a dict with keys {_names(entries)}, got {_kind(other)}{remedy}")
         missing, extra = [k for k in entries if k not in other], [k for k in other if k not in model]
         if missing or extra:
             unknown = "the model does not have" if what == "gradient" else "setup did not see"
@@ -246,7 +249,7 @@ def _align(model: Any, other: Any, keys: tuple[Any, ...], what: str, *, skip: bo
             yield from _align(child, other[key], (*keys, key), what, skip=skip)
         return
     if type(other) is not type(model):
-        raise StructureError(f"{where}: expected {_kind(model)}, got {_kind(other)}{_remedy(what)}")
+        raise StructureError(f"{where}: expected {_kind(model)}, got {_kind(other)}{_remedy(what, model, other)}")
     theirs, _, _, _ = optree.tree_flatten_one_level(other, none_is_leaf=True)
     if len(theirs) != len(children):
         raise StructureError(f"{where}: expected {_kind(model)}, got {_kind(other)}{_remedy(what)}")
@@ -268,7 +271,15 @@ def _names(keys: Sequence[Any]) -> str:
     return ", ".join(map(repr, keys)) or "none"
 
 
-def _remedy(what: str) -> str:
+def _remedy(what: str, model: Any = None, other: Any = None) -> str:
     if what == "gradient":
+        if type(other) is tuple and isinstance(model, (tuple, list, *_DICTS)) and len(other) == len(model):
+            name = type(model).__name__
+            made = f"{name}({'*' * hasattr(model, '_fields')}grads)"
+            made = "dict(zip(model, grads))" if isinstance(model, _DICTS) else made
+            return (
+                f". A gradient has the model's structure. torch.autograd.grad gives a tuple, in the order of what it was asked "
+                f"for; make a {name} of it: {made}"
+            )
         return ". A gradient has the model's structure; put None where there is no gradient"
     return ". The state fits the model it was set up with; set up a new state for another one"

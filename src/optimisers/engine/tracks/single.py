@@ -229,7 +229,9 @@ def _numbers(values: Sequence[Any]) -> list[list[float]]:
     for chosen in by_device.values():
         import torch
 
-        numbers = iter(torch.cat([values[i].detach().to(torch.float64).reshape(-1) for i in chosen]).tolist())
+        joined = torch.cat([values[i].detach().to(torch.float64).reshape(-1) for i in chosen])
+        # A subclass that wraps other tensors has no list of its numbers, only one after another.
+        numbers = iter(joined.tolist() if type(joined) is torch.Tensor else [number.item() for number in joined])
         for i in chosen:
             read[i] = list(islice(numbers, values[i].numel()))
     return read
