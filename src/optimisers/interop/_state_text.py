@@ -43,7 +43,11 @@ def described(state: Any, keep: Callable[[tuple[Any, ...], Any], str], path: str
     if is_number(state) and not isinstance(state, np.generic):
         return _number(state, where, lambda x: keep(at, x))
     if kind(state) and not can_read(state):
-        why = "it is on the meta device" if _device(state).type == "meta" else "save outside of torch.func and torch.compile"
+        why = (
+            "it is on the meta device"
+            if _device(state).type == "meta"
+            else "save outside of torch.func transforms and torch.compile"
+        )
         raise CheckpointError(f"save: {where} has no value to be stored; {why}")
     x, known = stored(state, where)
     return {"array": keep(at, x), **known}
