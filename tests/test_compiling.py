@@ -1,8 +1,12 @@
 """When loops are compiled, and what happens where they cannot be."""
 
+import os
 import stat
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,18 +183,110 @@ def test_a_rule_that_cannot_be_traced_is_named_once(switch, monkeypatch):
     assert model["a"].tobytes() == right["a"].tobytes()
 
 
-def test_a_broken_file_in_the_cache_is_made_anew(switch, monkeypatch, tmp_path):
+def truncated(content, _other):
+    return content[: len(content) // 2]
+
+
+def damaged(content, _other):
+    place = len(content) // 3
+    return content[:place] + bytes(b ^ 0xFF for b in content[place : place + 40]) + content[place + 40 :]
+
+
+def foreign(_content, other):
+    return other
+
+
+def emptied(_content, _other):
+    return b""
+
+
+@pytest.mark.parametrize("broken", [truncated, damaged, foreign, emptied])
+def test_a_library_that_is_not_what_was_compiled_is_never_opened_but_made_anew(broken, switch, monkeypatch, tmp_path):
     switch("1")
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("OPTIMISERS_CACHE", str(cache))
+    forget(monkeypatch)
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
     model = {"a": np.linspace(0, 1, 50)}
+    steps(opt.Lion(), opt.update, model)
+    (file,) = tmp_path.glob("*.so")
+    other = file.read_bytes()
+    file.unlink()
     forget(monkeypatch)
     expected = steps(opt.Momentum(0.125), opt.update, model)
-    for file in cache.glob("*.so"):
-        file.unlink()  # a library that is loaded must not change under its users
-        file.write_bytes(b"half a file")
+    (file,) = tmp_path.glob("*.so")
+    content = file.read_bytes()
+    file.unlink()  # a library that is loaded must not change under its users
+    file.write_bytes(broken(content, other))
     forget(monkeypatch)
+    opened, before = [], build.compilations
+    library = build.ctypes.CDLL
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: (opened.append(Path(path).read_bytes()), library(path))[1])
     state, new = steps(opt.Momentum(0.125), opt.update, model)
     assert held(state) == 1
     assert state == expected[0]
     assert new["a"].tobytes() == expected[1]["a"].tobytes()
+    assert build.compilations == before + 1
+    assert opened == [content]
+    assert [file.read_bytes() for file in tmp_path.glob("*.so")] == [content]
+
+
+@pytest.mark.parametrize("made", ["a folder", "a pipe", "a dangling link"])
+def test_what_is_no_file_in_the_place_of_a_library_is_passed_over(made, switch, monkeypatch, tmp_path):
+    switch("1")
+    forget(monkeypatch)
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
+    model = {"a": np.linspace(0, 1, 50)}
+    expected = steps(opt.Momentum(0.125), opt.update, model)
+    (file,) = tmp_path.glob("*.so")
+    file.unlink()
+    {"a folder": file.mkdir, "a pipe": lambda: os.mkfifo(file), "a dangling link": lambda: file.symlink_to(tmp_path / "none")}[
+        made
+    ]()
+    forget(monkeypatch)
+    state, _ = steps(opt.Momentum(0.125), opt.update, model)
+    assert state == expected[0]
+    assert held(state) == 1
+
+
+@pytest.mark.parametrize("reason", ["nothing can be written", "nothing can be loaded"])
+def test_where_libraries_cannot_be_kept_they_are_made_for_this_process(reason, switch, monkeypatch, tmp_path):
+    switch("1")
+    forget(monkeypatch)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(cache))
+    scratch, library = build.tempfile.TemporaryDirectory, build.ctypes.CDLL
+
+    def full(*args, **kwargs):
+        if kwargs.get("dir") == cache:
+            raise OSError(28, "No space left on device")
+        return scratch(*args, **kwargs)
+
+    def forbidden(path):
+        if str(path).startswith(str(cache)):
+            raise OSError("failed to map segment from shared object")
+        return library(path)
+
+    if reason == "nothing can be written":
+        monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
+    else:
+        monkeypatch.setattr(build.ctypes, "CDLL", forbidden)
+    state, _ = steps(opt.Momentum(0.125), opt.update, {"a": np.linspace(0, 1, 50)})  # a warning would be an error
+    assert held(state) == 1
+
+
+def test_processes_that_compile_the_same_at_once_do_not_disturb_each_other(tmp_path):
+    script = (
+        "import numpy as np, optimisers as opt\n"
+        "x = np.linspace(0, 1, 50)\n"
+        "for rule in (opt.Momentum(), opt.Lion()):\n"
+        "    state, y = opt.update(opt.setup(rule, x), x, x)\n"
+        "    print(y.tobytes().hex())\n"
+    )
+    environment = {**os.environ, "OPTIMISERS_COMPILE": "1", "OPTIMISERS_CACHE": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    results = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert len(set(results)) == 1
+    assert all(file.suffix == ".so" for file in tmp_path.iterdir())

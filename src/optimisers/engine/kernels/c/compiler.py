@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -64,18 +65,20 @@ def warn_once(reason: str) -> None:
 
 
 def built(source: str) -> ctypes.CDLL | None:
-    """The library of a source, compiled if it is not there yet; None, with one warning, if that cannot be done."""
+    """The library of a source, compiled if it is not there yet; None, with one warning, if that cannot be done.
+
+    What cannot be kept or loaded where libraries are kept (a full disk, a folder that has become read-only, one from which
+    nothing may be run) is made once more in a folder of this process.
+    """
     command = compiler()
     if command is None:
         warn_once("there is no C compiler")
         return None
     try:
-        path = _library(command, source)
         try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # what lies there cannot be loaded, as after a disk was full: once more
-            path.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_library(command, source)))
+            return _loaded(command, source, _directory(os.environ.get("OPTIMISERS_CACHE")))
+        except OSError:
+            return _loaded(command, source, _own_directory())
     except subprocess.CalledProcessError as error:
         warn_once(f"{command[0]} fails: {(error.stderr or '').strip()[-400:]}")
     except (OSError, subprocess.SubprocessError) as error:
@@ -83,16 +86,31 @@ def built(source: str) -> ctypes.CDLL | None:
     return None
 
 
-def _library(command: tuple[str, ...], source: str) -> Path:
-    global compilations  # noqa: PLW0603
+def _loaded(command: tuple[str, ...], source: str, directory: Path) -> ctypes.CDLL:
+    """The library from this directory, after it was compiled if no intact one is there. Raises OSError."""
     flags = tuple(
         f for f in _FLAGS if not (f == "-march=native" and sys.platform == "darwin" and platform.machine() == "arm64")
     )
     key = hashlib.sha256("\0".join((*command, _version(command), *flags, _machine(), source)).encode()).hexdigest()[:32]
-    directory = _directory(os.environ.get("OPTIMISERS_CACHE"))
-    path = directory / f"{key}.so"
-    if path.exists():
-        return path
+    for path in directory.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError):
+            if path.name == _name(key, path):
+                return ctypes.CDLL(str(path))
+            path.unlink()
+    return ctypes.CDLL(str(_compiled(command, flags, source, directory, key)))
+
+
+def _name(key: str, library: Path) -> str:
+    """What a library is called: it holds a digest of the content, since to open one that was cut off ends the process."""
+    if not library.is_file():
+        return ""
+    with library.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(key.encode()))
+    return f"{key}-{digest.hexdigest()[:32]}.so"
+
+
+def _compiled(command: tuple[str, ...], flags: tuple[str, ...], source: str, directory: Path, key: str) -> Path:
+    global compilations  # noqa: PLW0603
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         file = Path(scratch) / "loop.c"
         file.write_text(source)
@@ -101,8 +119,8 @@ def _library(command: tuple[str, ...], source: str) -> Path:
             [*command, *flags, str(file), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=120
         )
         compilations += 1
-        made.replace(path)  # whole or not at all, whoever else compiles the same now
-    return path
+        # Whole or not at all, whoever else compiles the same now.
+        return made.replace(directory / _name(key, made))
 
 
 @cache
@@ -135,6 +153,12 @@ def _directory(given: str | None) -> Path:
             return path
     except (OSError, RuntimeError):
         pass
+    return _own_directory()
+
+
+@cache
+def _own_directory() -> Path:
+    """A folder for this process alone."""
     temporary = tempfile.TemporaryDirectory(prefix="optimisers-")
     atexit.register(temporary.cleanup)
     return Path(temporary.name)
