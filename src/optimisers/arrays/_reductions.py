@@ -68,6 +68,8 @@ def sum_over(x: Array, axis: int | None) -> Array:
 
 def stack(values: Sequence[Array]) -> Array:
     """Arrays of one shape along a new first axis, a tensor if one of them is a tensor; numbers as one vector."""
+    if values and isinstance(values[0], Traced):  # stands for all of them
+        return values[0].tracer.stacked(values)
     first = next((value for value in values if kind(value) == "torch"), None)
     if first is None:
         return np.array(values)

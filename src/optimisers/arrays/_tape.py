@@ -81,6 +81,10 @@ class Tape:
             self._names.append((index, name))
         return index
 
+    def names(self) -> list[str]:
+        """The inputs that are used."""
+        return [name for _, name in self._names]
+
     def run(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The numbers: floats, or vectors where inputs are vectors. In float64, but what is float32 is rounded to it."""
         values = list(self._start)

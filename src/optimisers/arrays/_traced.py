@@ -67,6 +67,13 @@ class Tracer:
         """An array of which there is one element for each element of the parameter."""
         return self.node("load", (), dtype, element=True, value=name)
 
+    def stacked(self, values: Sequence[Any]) -> Traced:
+        """A value of which there is one for each of many arrays, as one with an element for each."""
+        first: Traced = values[0]
+        if not first.element or any(value is not first for value in values):
+            raise Untraceable("it stacks several values")
+        return first
+
     def lift(self, value: Any) -> Traced:
         """A value as one of this trace."""
         if isinstance(value, Traced):

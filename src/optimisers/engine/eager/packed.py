@@ -18,8 +18,9 @@ from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, wor
 from ...rules._precision import state_leaves, usable_in_float16
 from ..graph.program import Boundary, Part
 from ..graph.trace import filled, nesting, structure_of_rule
-from ..groups.group import Group, Variant, hyper_of, inner
+from ..groups.group import Group, hyper_of, inner
 from ..groups.track import Missed, waits
+from ..groups.variant import Variant
 from ..memory.strides import is_dense
 from ..tracks.single import Job, Outcome, Request, Track, beside
 from .layout import flat
@@ -125,7 +126,8 @@ class Bucket(Group):
         wide = tuple(Part(part.form, working_dtype(part.dtype) if part.form == "array" else part.dtype) for part in form)
         self.kept, self.form = form, wide
         self.structure, self.nesting, self.dtype, self.library = structure, nested, working_dtype(dtype), "torch"
-        self.key = structure, nested, wide, self.dtype, "torch"
+        self.device = None
+        self.key = structure, nested, wide, self.dtype, "torch", None
         low = any(part.dtype == "float16" for part in form)
         self.rules = [usable_in_float16(job.rule) if low else job.rule for job in jobs]
         self.paths = [job.path for job in jobs]
@@ -135,6 +137,7 @@ class Bucket(Group):
         self.count = len(jobs)
         self.arrays = [i for i, part in enumerate(form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(form) if part.form != "array"]
+        self.scalars = []
 
 
 def _tracks(key: Any, items: list[Item], *, in_place: bool) -> Iterator[Packed]:

@@ -153,8 +153,8 @@ def program_of(
     before = []
     for boundary in boundaries:
         storing = [Pass(stores=[(boundary.target, boundary.values[0])])] if isinstance(boundary, Transform) else []
-        before.append(_passes(list(boundary.values), done, names) + storing)
-    before.append(_passes([node for _, node in stores] + list(numbers.values()), done, names))
+        before.append(passes_of(list(boundary.values), done, names) + storing)
+    before.append(passes_of([node for _, node in stores] + list(numbers.values()), done, names))
     arrays = ("x", "dx", *(f"s{i}" for i, part in enumerate(form) if part.form == "array"))
     kinds = {"x": dtypes[0], "dx": dtypes[1], **{f"s{i}": p.dtype for i, p in enumerate(form) if p.form == "array"}}
     transforms = [boundary for boundary in boundaries if isinstance(boundary, Transform)]
@@ -169,7 +169,7 @@ def program_of(
     )  # fmt: skip
 
 
-def _passes(targets: list[Traced], done: dict[int, str], names: list[str]) -> list[Pass]:
+def passes_of(targets: list[Traced], done: dict[int, str], names: list[str]) -> list[Pass]:
     """The passes that sums in targets need, innermost first; ``done`` names the sums that are there."""
     levels: dict[int, list[Traced]] = {}
     depth: dict[int, int] = {}

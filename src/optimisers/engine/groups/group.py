@@ -15,12 +15,12 @@ from ...rules._base import AbstractRule, walk
 from ...rules._precision import state_leaves
 from ..graph.program import Place, Program, Schedule
 from ..graph.trace import filled, numbers_of, structure_of_rule, trace
-from ..kernels.backend import Kernels, kernels_of
 from ..kernels.c import compiler as build
 from ..kernels.work import Table, table
 from ..memory.pool import Layout
 from ..memory.strides import DTYPE, OF_ARRAY, OF_TENSOR, Vector, element_strides, guard_of, is_compiled_dtype, is_row_major
-from ..tracks.stacks import CPU_STACK, in_stacks, likeness
+from ..tracks.stacks import CPU_STACK, DEVICE_STACK, in_stacks, likeness
+from .variant import Variant
 
 _VARIANTS = 16
 # Where nothing is copied for it, also large arrays are transformed by twos: products of two matrices at a time are a tenth
@@ -56,28 +56,12 @@ class Stack(NamedTuple):
     work: Table
 
 
-class Variant:
-    """A program and its loops."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._made: dict[bool, Kernels] = {}
-        self.scripts: dict[frozenset[str], Any] = {}
-
-    def loops(self) -> Kernels:
-        """The loops, made when they are asked for first."""
-        compiled = build.switch() != "0"
-        if compiled not in self._made:
-            self._made[compiled] = kernels_of(self.program)
-        return self._made[compiled]
-
-
 _variants: defaultdict[Any, list[Variant]] = defaultdict(list)
 _refused: dict[Any, str] = {}
 
 
 class Group:
-    """Parameters with one kind of rule, one dtype and one form of state, on the host.
+    """Parameters with one kind of rule, one dtype and one form of state, on one device.
 
     Attributes:
         slots: their numbers in the state tree.
@@ -95,7 +79,7 @@ class Group:
         self.key = key
         self.slots = slots
         self.paths = paths
-        self.structure, self.nesting, self.form, self.dtype, self.library = key
+        self.structure, self.nesting, self.form, self.dtype, self.library, self.device = key
         self.rules = rules
         self.hyper = hyper_of(rules)
         # Without its arrays, which would be kept alive.
@@ -116,6 +100,9 @@ class Group:
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
+        # Numbers that lie on a device are kept as arrays of one element.
+        self.scalars = [i for i in self.numbers if self.form[i].form == "scalar" and self.device is not None]
+        self.stored = [*self.arrays, *self.scalars]
         self._whole: Table | None = None
         self.everyone = np.arange(self.count)
         self._layout: Layout | None = None
@@ -199,12 +186,13 @@ class Group:
         found: dict[Any, list[int]] = {}
         alone: list[list[int]] = []
         for i in members.tolist():
-            if self.sizes[i] < ALONE_FROM and is_row_major(self.shapes[i], self.strides[i]):
+            if (self.device is not None or self.sizes[i] < ALONE_FROM) and is_row_major(self.shapes[i], self.strides[i]):
                 found.setdefault((likeness(inner(self.rules[i], where)), self.shapes[i]), []).append(i)
             else:
                 alone.append([i])
         for like in found.values():
-            alone += in_stacks(like, int(self.sizes[like[0]]), CPU_STACK, least=2)
+            limit, least = (CPU_STACK, 2) if self.device is None else (DEVICE_STACK, 1)
+            alone += in_stacks(like, int(self.sizes[like[0]]), limit, least)
         stacks = []
         for chosen in alone:
             with locating(self.paths[chosen[0]]):
@@ -221,24 +209,30 @@ class Group:
         product: Vector = self._unsigned * size
         return product
 
-    def layout(self) -> Layout:
-        """Where arrays of a new generation lie in blocks."""
+    def layout(self, k: int = 0) -> Layout:
+        """Where arrays of a new generation lie in blocks: the k-th of each state."""
+        if k >= len(self.arrays):
+            return Layout([1] * self.count)
         if self._layout is None:
             self._layout = Layout([int(n) for n in self.sizes])
         return self._layout
 
+    def laid_out(self, k: int, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of the k-th array of a state."""
+        return (self.shapes[member], self.strides[member]) if k < len(self.arrays) else ((), ())
+
+    def counters_in(self, leaves: Sequence[Any]) -> list[float]:
+        """The numbers of a state, 0 for those that lie on a device."""
+        return [0.0 if i in self.scalars else float(leaves[i]) for i in self.numbers]
+
     def is_exact(self) -> bool:
         """Whether loops give the rule's own bits, so that it does not matter from which step on they are used."""
         try:
-            counters = np.array([[float(leaf) for leaf in self._sample()]])
+            counters = np.array([self.counters_in(state_leaves(self.template))])
             parts = self.partition(np.array([0]), np.tile(counters, (self.count, 1)), self.dtype)
         except Untraceable:
             return False
         return all(variant.program.exact for variant, _, _ in parts)
-
-    def _sample(self) -> list[Any]:
-        leaves = state_leaves(self.template)
-        return [leaves[i] for i in self.numbers]
 
     # --- programs ---
 
@@ -311,7 +305,7 @@ class Group:
             _refused[key] = str(reason)
             _warn_untraceable(rule, str(reason))
             raise
-        _variants[key].append(Variant(program))
+        _variants[key].append(Variant(program, self.device, [f"c{i}" for i in self.scalars]))
         return _variants[key][-1]
 
 

@@ -20,6 +20,7 @@ from ...tree.leaves import Slot
 from ..graph.program import COMPILED
 from ..graph.trace import filled, form_of, nesting, structure_of_rule
 from ..kernels.c import compiler as build
+from ..kernels.cuda.devices import device_of
 from ..memory.pool import Column, Pool
 from ..memory.strides import Vector, element_strides, is_loopable
 from .group import Group
@@ -47,20 +48,20 @@ class Generation:
 
     def array(self, k: int, member: int) -> Any:
         """One array of the state of a parameter."""
-        return self.columns[k].array(member, self.group.shapes[member], self.group.strides[member])
+        return self.columns[k].array(member, *self.group.laid_out(k, member))
 
     def state(self, member: int) -> Any:
         """The state of a parameter, as its rule has it."""
         group = self.group
         leaves: list[Any] = [None] * len(group.form)
-        for k, i in enumerate(group.arrays):
-            leaves[i] = self.array(k, member)
         for k, i in enumerate(group.numbers):
             value, part = float(self.counters[member, k]), group.form[i]
             if part.form == "number":
                 leaves[i] = int(value) if part.dtype == "int" else value
             else:
                 leaves[i] = _scalar(value, part.dtype, group.library)
+        for k, i in enumerate(group.stored):
+            leaves[i] = self.array(k, member)
         return filled(group.template, iter(leaves))
 
     def leased(self, lease: Lease | None) -> Generation:
@@ -80,12 +81,12 @@ class Generation:
             leaves = state_leaves(state)
             if any(not is_loopable(leaves[i]) or element_strides(leaves[i]) != group.strides[member] for i in group.arrays):
                 return False
-        for k, i in enumerate(group.arrays):
+        for k, i in enumerate(group.stored):
             arrays = {member: state_leaves(state)[i] for member, state in states.items()}
             self.columns[k] = self.columns[k].replaced(arrays, leases)
         for member, state in states.items():
             leaves = state_leaves(state)
-            self.counters[member] = [float(leaves[i]) for i in group.numbers]
+            self.counters[member] = group.counters_in(leaves)
         return True
 
 
@@ -252,7 +253,8 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
         rules: list[Any] = [entries[i].rule for i in slots]
         paths = [slots_of[i].path or "(the array)" for i in slots]
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
-        if mode == "auto" and build.compiler() is not None and int(group.sizes.sum()) < COMPILE_FROM:
+        small = group.device is None and int(group.sizes.sum()) < COMPILE_FROM
+        if mode == "auto" and build.compiler() is not None and small:
             if lineage.steps < lineage.again:
                 pending = True
                 continue
@@ -260,10 +262,10 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
                 continue
         leaves = [state_leaves(entries[i].state) for i in slots]
         columns = []
-        for k in group.arrays:
+        for k in group.stored:
             arrays = [row[k] for row in leaves]
             columns.append(Column.of(arrays, [entries[i].lease for i in slots]))
-        counters = np.array([[float(row[k]) for k in group.numbers] for row in leaves]).reshape(group.count, -1)
+        counters = np.array([group.counters_in(row) for row in leaves]).reshape(group.count, -1)
         for member, i in enumerate(slots):
             where[i] = len(generations), member
         generations.append(Generation(group, columns, counters))
@@ -289,11 +291,13 @@ def _key(entry: Entry, x: Any) -> Any:
         for leaf, part in zip(state_leaves(entry.state), form, strict=True):
             if part.form == "array" and not (is_loopable(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
                 return None
+            if part.form == "array" and kind(x) == "torch" and leaf.device != x.device:
+                return None
             if not is_number(leaf) and getattr(leaf, "requires_grad", False):
                 return None
-            if part.form == "scalar" and kind(leaf) == "torch" and not (leaf.is_cpu and kind(x) == "torch"):
+            if part.form == "scalar" and kind(leaf) == "torch" and not (kind(x) == "torch" and leaf.device == x.device):
                 return None
-        return structure_of_rule(rule), nesting(entry.state), form, dtype, kind(x)
+        return structure_of_rule(rule), nesting(entry.state), form, dtype, kind(x), device_of(x)
     except Untraceable:
         return None
 

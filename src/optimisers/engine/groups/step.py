@@ -14,6 +14,7 @@ from ...tree.entry import Lease
 from ..graph.program import COMPILED
 from ..memory.pool import SMALL, Column, Pool
 from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, native_dtype, places
+from .device_track import DeviceTrack
 from .states import Generation
 from .track import GroupTrack, Repeat
 
@@ -60,7 +61,8 @@ class GroupStep:
         else:
             dx_dtype = dtype_name(self.dxs[int(self.members[0])])
             parts = self.group.partition(self.members, counters, dx_dtype)
-            self.tracks = [GroupTrack(self.group, *part) for part in parts]
+            kind = GroupTrack if self.group.device is None else DeviceTrack
+            self.tracks = [kind(self.group, *part) for part in parts]
         for track in self.tracks:
             track.point(*addresses)
 
@@ -89,7 +91,7 @@ class GroupStep:
         group, chosen = self.group, self.members
         first = self.x_addresses[chosen]
         yield first, first + group.bytes_of(np.uint64(self.xs[int(chosen[0])].itemsize))[chosen]
-        for k, found in enumerate(self.s_addresses):
+        for k, found in enumerate(self.s_addresses[: len(group.arrays)]):
             size = {"bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
             first = found[chosen]
             yield first, first + group.bytes_of(np.uint64(size))[chosen]
@@ -136,16 +138,15 @@ class GroupStep:
         """Where the new state is written. Also in place that is new memory for what others may refer to."""
         group, old = self.group, self.generation
         columns = []
-        for k, i in enumerate(group.arrays):
-            writers = [t.members for t in self.tracks if any(name == f"s{i}" for name, _ in t.program.last.stores)]
+        for k, i in enumerate(group.stored):
+            writers = [t.members for t in self.tracks if t.writes(i)]
             before = old.columns[k]
             if not writers or (in_place and before.is_own()):
                 columns.append(before.leased(lease) if in_place else before)
                 continue
             dtype = native_dtype(group.library, group.form[i].dtype)
-            column, common = before.taken_over(group.layout(), pool, dtype, (number, k), lease) if in_place else (
-                Column.fresh(group.layout(), pool, dtype, (number, k), lease), set()
-            )  # fmt: skip
+            where = (group.layout(k), pool, dtype, (number, k), lease, group.device and group.device.device)
+            column, common = before.taken_over(*where) if in_place else (Column.fresh(*where), set())
             kept = np.ones(group.count, bool)
             kept[np.concatenate(writers)] = False
             shared = {}
@@ -156,7 +157,7 @@ class GroupStep:
                 if group.sizes[member] >= SMALL and not in_place:
                     shared[member] = array
                 else:
-                    _copy_into(column.array(member, group.shapes[member], group.strides[member]), array)
+                    _copy_into(column.array(member, *group.laid_out(k, member)), array)
             if shared:
                 column = column.replaced(shared, {member: before.lease_of(member) for member in shared})
             columns.append(column)
@@ -167,11 +168,11 @@ class GroupStep:
         stepped = [i for t in self.tracks if t.program.steps for i in t.members.tolist()]
         small = group.layout().shared
         empty_like: Any = np.empty_like if group.library == "numpy" else torch_if_loaded().empty_like  # type: ignore[union-attr]
-        few = [i for i in stepped if small[i]]
+        few = [i for i in stepped if small[i] or group.device is not None]
         new = dict(zip(few, map(empty_like, [self.xs[i] for i in few]), strict=True))
         turn: Counter[int] = Counter()
         for i in stepped:
-            if not small[i]:
+            if i not in new:
                 size = int(group.sizes[i])
                 block, hold = pool.take(size, group.native_dtype, (number, -1, turn[size]))
                 turn[size] += 1

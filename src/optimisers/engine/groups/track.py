@@ -17,7 +17,8 @@ from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype
 from ..tracks.single import Request, Track
-from .group import Columns, Group, Stack, Variant, holding, inner
+from .group import Columns, Group, Stack, holding, inner
+from .variant import Variant
 
 
 class Missed(Exception):  # noqa: N818 (a signal)
@@ -33,16 +34,24 @@ class GroupTrack(Track):
         self.members, self.matrix = members, matrix
         self.whole = len(members) == group.count
         self.work = group.work(members)
-        self.pointers = np.zeros((group.count, len(self.program.pointers)), np.uint64)
+        self.pointers = np.zeros((group.count, self._width()), np.uint64)
         # Views of the matrix, which is the same in every step; so they are made once.
         self._columns: Mapping[str, Any] | None = dict(Columns(matrix, self.program.columns)) if self.whole else None
         self._at: dict[int, Vector] = {}
         self._calls: dict[tuple[int, int, bool], tuple[Table, Any]] = {}
         self._begin()
 
+    def _width(self) -> int:
+        """How many addresses an array has."""
+        return len(self.program.pointers)
+
+    def writes(self, i: int) -> bool:
+        """Whether the i-th part of the state is written."""
+        return f"s{i}" in self.program.targets
+
     def _begin(self) -> None:
         self.rule = self.group.rules[int(self.members[0])]
-        self.loops = self.variant.loops()
+        self.loops = self._made()
         self.passed = Counter()
         self._asked = 0
         self._pass = 0
@@ -50,6 +59,10 @@ class GroupTrack(Track):
         self._stacks: list[Stack] = []
         self._transformed: list[Any] = []  # what others are still to read
         self._checked: list[tuple[Boundary, list[Any]]] = []
+
+    def _made(self) -> Any:
+        """What runs the passes."""
+        return self.variant.loops()
 
     def renew(self, group: Group, counters: Vector) -> bool:
         """Take the numbers of the next step, of the same parameters; False if another program is to be chosen for them."""
@@ -85,8 +98,7 @@ class GroupTrack(Track):
         program = self.program
         if answer is not None:
             boundary = program.boundaries[self._asked - 1]
-            for name, value in zip(boundary.names or (), answer, strict=True):
-                self.matrix[:, program.columns[name]] = float(value)
+            self._take(boundary.names or (), answer)
             self._check_guards()
         while self._asked < len(program.boundaries):
             boundary = program.boundaries[self._asked]
@@ -99,13 +111,25 @@ class GroupTrack(Track):
                 continue
             rule: Any = inner(self.rule, boundary.where)
             if rule.checks or boundary.names is not None:
-                values = self._run(program.measuring[self._asked - 1])
+                values = self._measured(self._asked - 1)
                 if rule.checks:
                     self._checked.append((boundary, values))
                 if boundary.names is not None:
-                    return Request(rule, list(zip(*values, strict=True)))
+                    return self._request(rule, values)
         self._sum(self._asked)
         return None
+
+    def _take(self, names: Sequence[str], answer: Sequence[Any]) -> None:
+        """Take combined measures."""
+        for name, value in zip(names, answer, strict=True):
+            self.matrix[:, self.program.columns[name]] = float(value)
+
+    def _measured(self, boundary: int) -> list[Any]:
+        """The measures at a boundary: for each of their numbers a vector of those of the members."""
+        return self._run(self.program.measuring[boundary])
+
+    def _request(self, rule: Any, values: list[Any]) -> Request:
+        return Request(rule, list(zip(*values, strict=True)))
 
     def _sum(self, boundary: int) -> None:
         """Run the passes that a measure needs."""
@@ -122,7 +146,7 @@ class GroupTrack(Track):
         """Transform some of the arrays. What comes is read at its address, so it is to be kept until then."""
         group, targets = self.group, self.program.targets
         dtype = native_dtype(group.library, self.program.dtypes[boundary.target])
-        given = _memory(stack, dtype)
+        given = self._memory(stack, dtype)
         size = np.uint64(dtype.itemsize)
         self.pointers[stack.members, targets[boundary.target]] = addresses_of([given]) + stack.offsets * size
         self._call(self._storing, stack.work, stack=number)
@@ -138,6 +162,15 @@ class GroupTrack(Track):
             found = laid_out_as(given, found)
         self.pointers[stack.members, self.program.arrays.index(boundary.source)] = addresses_of([found]) + stack.offsets * size
         return found
+
+    def _memory(self, stack: Stack, dtype: Any) -> Any:
+        """An array for a stack, of any content."""
+        if isinstance(dtype, np.dtype):
+            strides = tuple(s * dtype.itemsize for s in stack.strides)
+            return np.ndarray(stack.shape, dtype, np.empty(stack.work.elements, dtype), 0, strides)
+        torch: Any = torch_if_loaded()
+        device = "cpu" if self.group.device is None else self.group.device.device
+        return torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device=device)
 
     def _inputs(self) -> Mapping[str, Any]:
         """The inputs of tapes, by name: for each of them a number for each member."""
@@ -219,12 +252,3 @@ def waits(node: Traced, program: Program, asked: int) -> bool:
     """Whether a number depends on a measure that is yet to be combined."""
     ahead = {name for boundary in program.boundaries[asked:] for name in boundary.names or ()}
     return (node.op == "number" and node.value in ahead) or any(waits(arg, program, asked) for arg in node.args)
-
-
-def _memory(stack: Stack, dtype: Any) -> Any:
-    """An array for a stack, of any content."""
-    if isinstance(dtype, np.dtype):
-        strides = tuple(s * dtype.itemsize for s in stack.strides)
-        return np.ndarray(stack.shape, dtype, np.empty(stack.work.elements, dtype), 0, strides)
-    torch: Any = torch_if_loaded()
-    return torch.empty_strided(stack.shape, stack.strides, dtype=dtype, device="cpu")

@@ -40,11 +40,15 @@ class Pool:
     def __deepcopy__(self, memo: Any) -> Pool:
         return Pool()
 
-    def take(self, size: int, dtype: Any, turn: tuple[int, ...]) -> tuple[Block, Any]:
+    def take(self, size: int, dtype: Any, turn: tuple[int, ...], device: Any = None) -> tuple[Block, Any]:
         """A block of so many elements that nobody uses, and what keeps it from being given to anybody else.
 
-        ``turn`` tells blocks of one size in one generation apart.
+        ``turn`` tells blocks of one size in one generation apart. Another device than the host has an allocator that keeps
+        memory for the next one who asks.
         """
+        if device is not None:
+            block = Block(size, dtype, device=device)
+            return block, block.hold()
         with self._lock:
             kept = self._blocks[size, dtype, turn]
             for block in kept:
@@ -62,7 +66,7 @@ class Block:
 
     __slots__ = ("_alone", "_count", "_start", "base", "storage")
 
-    def __init__(self, size: int, dtype: Any, around: Any = None) -> None:
+    def __init__(self, size: int, dtype: Any, around: Any = None, device: Any = "cpu") -> None:
         self.base: Any
         self.storage: Any
         self._count: Callable[[int], int] | None = None
@@ -70,7 +74,7 @@ class Block:
             self.base, self.storage = np.empty(size, dtype) if around is None else around, None
         else:
             torch = sys.modules["torch"]
-            self.base = torch.empty(size, dtype=dtype, device="cpu") if around is None else around.detach()
+            self.base = torch.empty(size, dtype=dtype, device=device) if around is None else around.detach()
             self.storage = self.base.untyped_storage()
             self._count = getattr(torch._C, "_storage_Use_Count", None)
         self._start = self.address()
@@ -114,8 +118,7 @@ class Block:
         if self.storage is None:
             size = self.base.itemsize
             return np.ndarray(shape, self.base.dtype, self.base, offset * size, tuple(s * size for s in strides))
-        torch = sys.modules["torch"]
-        return torch.empty(0, dtype=self.base.dtype, device="cpu").set_(self.storage, offset, tuple(shape), tuple(strides))
+        return self.base.new_empty(0).set_(self.storage, offset, tuple(shape), tuple(strides))
 
 
 @cache
@@ -181,7 +184,12 @@ class Layout:
         self.shared = [size < SMALL for size in sizes]
 
     def take(
-        self, pool: Pool, dtype: Any, turn: tuple[int, ...], adopted: Mapping[int, Any] = MappingProxyType({})
+        self,
+        pool: Pool,
+        dtype: Any,
+        turn: tuple[int, ...],
+        adopted: Mapping[int, Any] = MappingProxyType({}),
+        device: Any = None,
     ) -> list[tuple[Block, Any]]:
         """Blocks for one generation, each with its hold; those of adopted arrays are their own memory."""
         seen: defaultdict[int, int] = defaultdict(int)
@@ -191,7 +199,7 @@ class Layout:
                 block = Block.around(adopted[owner])
                 blocks.append((block, block.hold()))
             else:
-                blocks.append(pool.take(size, dtype, (*turn, seen[size])))
+                blocks.append(pool.take(size, dtype, (*turn, seen[size]), device))
                 seen[size] += 1
         return blocks
 
@@ -228,17 +236,17 @@ class Column:
         return Column(dict(enumerate(arrays)), first, {i: lease for i, lease in enumerate(leases) if lease is not first})
 
     @staticmethod
-    def fresh(layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease) -> Column:
+    def fresh(layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease, device: Any = None) -> Column:
         """A column of memory whose content is yet to be written."""
-        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn)))
+        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn, device=device)))
 
     def taken_over(
-        self, layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease
+        self, layout: Layout, pool: Pool, dtype: Any, turn: tuple[int, ...], lease: Lease, device: Any = None
     ) -> tuple[Column, set[int]]:
         """A column to be written in the place of this one, and the arrays whose memory it has in common with it."""
         large = {i for i in layout.owners if i in self._given} if self._blocks is None else set()
         adopted = {i: self._given[i] for i in large if i is not None and _is_sole(self._given, i)}
-        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn, adopted))), set(adopted)
+        return Column({}, lease, None, (layout, layout.take(pool, dtype, turn, adopted, device))), set(adopted)
 
     def is_own(self) -> bool:
         """Whether it lies in blocks to which nobody else refers, and so may be written."""

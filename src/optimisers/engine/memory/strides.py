@@ -10,12 +10,13 @@ import numpy as np
 
 from ...arrays import torch_if_loaded
 from ..graph.program import COMPILED
+from ..kernels.cuda.devices import device_of
 
 Vector = np.ndarray[Any, Any]
 
 _address = attrgetter("__array_interface__")
 DTYPE = attrgetter("dtype")
-OF_ARRAY, OF_TENSOR = attrgetter("shape", "strides", "flags.aligned"), attrgetter("shape", "is_cpu")
+OF_ARRAY, OF_TENSOR = attrgetter("shape", "strides", "flags.aligned"), attrgetter("shape", "device")
 
 
 def places(arrays: Sequence[Any]) -> list[int]:
@@ -42,7 +43,7 @@ def element_strides(x: Any) -> tuple[int, ...]:
 
 
 def is_loopable(x: Any) -> bool:
-    """Whether x lies in the host's memory without gaps or lazy operations, and is of no class of its own."""
+    """Whether x lies without gaps or lazy operations where loops or kernels run, and is of no class of its own."""
     if type(x) is np.ndarray:
         if not (x.flags.aligned and x.dtype.isnative):
             return False
@@ -50,7 +51,7 @@ def is_loopable(x: Any) -> bool:
         torch = torch_if_loaded()
         if torch is None or type(x) not in {torch.Tensor, torch.nn.Parameter} or x.layout is not torch.strided:
             return False
-        if not x.is_cpu or x.is_neg() or x.is_conj():
+        if not (x.is_cpu or device_of(x)) or x.is_neg() or x.is_conj():
             return False
     return is_dense(tuple(x.shape), element_strides(x))
 

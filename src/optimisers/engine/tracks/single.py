@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Request(NamedTuple):
     """A measure of one array or of many, to be combined over a scope."""
 
     rule: MeasuredRule
-    values: list[tuple[Any, ...]]
+    values: Iterable[tuple[Any, ...]]
 
 
 class Track(ABC):
@@ -58,6 +58,10 @@ class Track(ABC):
     @abstractmethod
     def paths(self) -> list[str]:
         """The arrays on this track, for errors."""
+
+    def combined(self, request: Request) -> tuple[Any, ...] | None:  # noqa: ARG002 (of those who can)
+        """The measures of all its arrays as one, if it can combine them itself; asked if no others are in the scope."""
+        return None
 
     def finite_checks(self) -> list[str]:
         """Faults that can be told without reading anything from a device."""
@@ -151,7 +155,9 @@ def run(tracks: Sequence[Track]) -> None:
         scope = _next_scope(tracks, waiting)
         members = [i for i, request in waiting.items() if request.rule.scope == scope]
         requests = [waiting.pop(i) for i in members]
-        combined = requests[0].rule.combine(_on_one_device([value for request in requests for value in request.values]))
+        combined = tracks[members[0]].combined(requests[0]) if len(members) == 1 else None
+        if combined is None:
+            combined = requests[0].rule.combine(_on_one_device([value for request in requests for value in request.values]))
         for i in members:
             tracks[i].passed[scope] += 1
             advance(i, combined)

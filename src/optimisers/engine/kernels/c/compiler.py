@@ -76,7 +76,7 @@ def built(source: str) -> ctypes.CDLL | None:
         return None
     try:
         try:
-            return _loaded(command, source, _directory(os.environ.get("OPTIMISERS_CACHE")))
+            return _loaded(command, source, cached())
         except OSError:
             return _loaded(command, source, _own_directory())
     except subprocess.CalledProcessError as error:
@@ -137,6 +137,11 @@ def _machine() -> str:
         return platform.platform() + platform.processor()
     lines = info.splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()
+
+
+def cached() -> Path:
+    """The directory in which what was compiled is kept."""
+    return _directory(os.environ.get("OPTIMISERS_CACHE"))
 
 
 @cache

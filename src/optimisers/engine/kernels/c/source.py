@@ -8,13 +8,13 @@ from typing import Any
 from ....arrays import HOST, Traced, Untraceable
 from ...graph.program import Pass, Program, all_passes
 
-_C_TYPES = {"float32": "float", "float64": "double", HOST: "double", "int": "double", "bool": "int", "bfloat16": "uint16_t"}
+C_TYPES = {"float32": "float", "float64": "double", HOST: "double", "int": "double", "bool": "int", "bfloat16": "uint16_t"}
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
     "and": "&", "or": "|",
 }  # fmt: skip
 _CALLS = {"abs": "fabs", "sqrt": "sqrt", "exp": "exp", "log": "log", "tanh": "tanh", "pow": "pow"}
-_START = {"sum": "0.0", "largest": "-INFINITY", "smallest": "INFINITY"}
+START = {"sum": "0.0", "largest": "-INFINITY", "smallest": "INFINITY"}
 
 _HEADER = """\
 #include <float.h>
@@ -143,11 +143,11 @@ def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -
     names = program.pointers
     stores = []
     for target, node in this.stores:
-        value, ctype = writer.element(node), _C_TYPES[node.dtype]
+        value, ctype = writer.element(node), C_TYPES[node.dtype]
         index = names.index(f"new {target}")
         writer.pointers.append(f"{ctype} *const o_{target} = ({ctype} *)p[{index}] + start;")
         stores.append((target, ctype, value))
-    head = writer.pointers + writer.head + [f"double t{k} = {_START[node.op]};" for k, node in enumerate(this.reductions)]
+    head = writer.pointers + writer.head + [f"double t{k} = {START[node.op]};" for k, node in enumerate(this.reductions)]
     plain = all(node.op == "sum" for node in this.reductions)
     reduction = f" reduction(+ : {', '.join(sums)})" if sums else ""
     tail = [f"sums[{len(sums)} * piece + {k}] = t{k};" for k in range(len(sums))]
@@ -155,12 +155,12 @@ def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -
         name=name,
         width=len(names),
         columns=len(program.columns),
-        head=_lines(head, 6),
+        head=lines(head, 6),
         blocks=_blocks(writer.body, stores) if apart else "",
         done="whole" if apart else "0",
         pragma=f"#pragma omp simd{reduction}" if plain else "",
-        body=_lines([*writer.body, *(f"o_{target}[i] = {value};" for target, _, value in stores)], 8),
-        tail=_lines([*tail, "streamed();"] if apart else tail, 6),
+        body=lines([*writer.body, *(f"o_{target}[i] = {value};" for target, _, value in stores)], 8),
+        tail=lines([*tail, "streamed();"] if apart else tail, 6),
     )
 
 
@@ -174,13 +174,14 @@ def _blocks(body: list[str], stores: list[tuple[str, str, str]]) -> str:
         addresses=" | ".join(f"(uintptr_t)o_{target}" for target, _, _ in stores),
         lanes=_LANES,
         buffers=" ".join(f"{ctype} w_{target}[{_LANES}];" for target, ctype, _ in stores),
-        body=_lines([*body, *(f"w_{t}[lane] = {v};" for t, _, v in stores)], 10),
-        writes=_lines(writes, 8),
+        body=lines([*body, *(f"w_{t}[lane] = {v};" for t, _, v in stores)], 10),
+        writes=lines(writes, 8),
     )
 
 
-def _lines(lines: list[str], indent: int) -> str:
-    return "\n".join(" " * indent + line for line in lines)
+def lines(given: list[str], indent: int) -> str:
+    """Statements, one a line."""
+    return "\n".join(" " * indent + line for line in given)
 
 
 class _Writer:
@@ -200,26 +201,27 @@ class _Writer:
         given = node.value in self.program.columns and not node.element
         args = [] if given else [self.element(arg) for arg in node.args]
         name = f"v{len(self.names)}"
-        ctype = _C_TYPES[node.dtype]
+        ctype = C_TYPES[node.dtype]
         if node.op == "load":
             index = self.program.arrays.index(node.value)
             pointer = f"a_{node.value}"
             self.pointers.append(f"const {ctype} *const {pointer} = (const {ctype} *)p[{index}] + start;")
-            expression = f"{pointer}[i]"
+            value = f"{pointer}[i]"
         elif given:
-            expression = f"({ctype})q[{self.program.columns[node.value]}]"
+            value = f"({ctype})q[{self.program.columns[node.value]}]"
         else:
-            expression = _expression(node, args)
-        (self.body if node.element else self.head).append(f"const {ctype} {name} = {expression};")
+            value = expression(node, args)
+        (self.body if node.element else self.head).append(f"const {ctype} {name} = {value};")
         self.names[id(node)] = name
         return name
 
 
-def _expression(node: Traced, args: list[str]) -> str:
+def expression(node: Traced, args: list[str]) -> str:
+    """What a value is, in C, its arguments being what they are called."""
     op, dtype = node.op, node.dtype
     suffix = "f" if dtype == "float32" else ""
     if op == "const":
-        return _constant(node.value)
+        return constant(node.value)
     if op in _INFIX:
         return f"{args[0]} {_INFIX[op]} {args[1]}"
     if op in _CALLS:
@@ -238,7 +240,7 @@ def _expression(node: Traced, args: list[str]) -> str:
     if op == "min":
         return f"{args[1]} != {args[1]} ? {args[1]} : ({args[0]} > {args[1]} ? {args[1]} : {args[0]})"
     if op == "sign":
-        return f"{args[0]} != {args[0]} ? {args[0]} : ({_C_TYPES[dtype]})(({args[0]} > 0) - ({args[0]} < 0))"
+        return f"{args[0]} != {args[0]} ? {args[0]} : ({C_TYPES[dtype]})(({args[0]} > 0) - ({args[0]} < 0))"
     if op == "isnan":
         return f"{args[0]} != {args[0]}"
     if op == "isfinite":
@@ -254,10 +256,11 @@ def _cast(before: str, after: str, value: str) -> str:
         return f"widened({value})" if after == "float32" else f"(double)widened({value})"
     if after == "bfloat16":
         return f"rounded((float){value})"
-    return f"({_C_TYPES[after]}){value}"
+    return f"({C_TYPES[after]}){value}"
 
 
-def _constant(value: Any) -> str:
+def constant(value: Any) -> str:
+    """A number of Python, in C, to the last bit."""
     if isinstance(value, bool):
         return str(int(value))
     if math.isnan(value):

@@ -1,0 +1,150 @@
+"""The arrays of a group on a device that one program steps.
+
+No number is read from the device but what rules check or decide by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...arrays import Tape
+from ..kernels.cuda.kernels import DeviceKernels, Launch, Memory
+from ..kernels.cuda.source import Kernel, measure_name
+from ..kernels.work import Table
+from ..memory.pool import Column
+from ..memory.strides import Vector
+from ..tracks.single import Request
+from .group import inner
+from .track import GroupTrack
+
+
+class Vectors:
+    """Measures of many arrays, as vectors on a device; taken apart when somebody looks at them."""
+
+    def __init__(self, boundary: int, vectors: list[Any]) -> None:
+        self.boundary, self.vectors = boundary, vectors
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return zip(*(vector.unbind() for vector in self.vectors), strict=True)
+
+
+class DeviceTrack(GroupTrack):
+    """The parameters of a group on a device that one program steps."""
+
+    loops: DeviceKernels
+
+    def _width(self) -> int:
+        return self.variant.kernels().width
+
+    def _made(self) -> DeviceKernels:
+        kernels = self.variant.kernels()
+        if not hasattr(self, "_launches"):
+            self._launches: dict[tuple[str, int], Launch] = {}
+            self._used: Memory | None = None
+            self._counting = Tape(
+                [node for name, node in self.program.numbers.items() if int(name[1:]) not in self.group.scalars],
+                self.program.columns,
+            )
+        return kernels
+
+    def writes(self, i: int) -> bool:
+        return super().writes(i) or i in self.group.scalars
+
+    def point(self, *addresses: Vector) -> None:
+        given = 2 + len(self.group.arrays)
+        super().point(*addresses[:given])
+        for i, found in zip(self.group.scalars, addresses[given:], strict=False):
+            self._point(self.loops.source.pointers.index(f"c{i}"), found)
+
+    # --- launches ---
+
+    def _here(self) -> Memory:
+        """What the kernels use on the current stream."""
+        if self._used is None or self._used.stream != self.loops.device.stream():
+            self._used = Memory(self.loops, self.pointers)
+        return self._used
+
+    def _launch(self, kernel: Kernel, table: Table, *, pieces: bool, stack: int = -1, partial: int = 0) -> None:
+        """Launch a kernel, with a block for each piece or for each array."""
+        memory = self._here()
+        launch = self._launches.get((kernel.name, stack))
+        if launch is None:
+            launch = self._launches[kernel.name, stack] = Launch(self.loops, kernel, table.members, self.matrix)
+        work = memory.work(table)
+        launch(work, memory, work.pieces if pieces else work.arrays, partial)
+
+    def _call(self, index: int, work: Table, *, stack: int = -1, apart: bool = False) -> list[Any]:  # noqa: ARG002
+        self._launch(self.loops.source.passes[index], work, pieces=True, stack=stack)
+        return []
+
+    def _sum(self, boundary: int) -> None:
+        source, memory = self.loops.source, self._here()
+        for this in self.program.before[boundary]:
+            if this.stores:
+                self._storing, self._pass = self._pass, self._pass + 1
+                continue
+            partial = memory.values.new_empty((len(self.work.pieces), len(this.reductions)))
+            self._launch(source.passes[self._pass], self.work, pieces=True, partial=partial.data_ptr())
+            self._launch(source.sums[self._pass], self.work, pieces=False, partial=partial.data_ptr())
+            self._pass += 1
+        if boundary in source.measures:
+            self._launch(source.measures[boundary], self.work, pieces=False)
+
+    # --- measures ---
+
+    def _measured(self, boundary: int) -> list[Any]:
+        program, values = self.program, self._here().values
+        if not self.whole:
+            values = values[self._here().work(self.work).members()]
+        columns = self.loops.source.columns
+        return [values[:, columns[measure_name(boundary, k)]] for k in range(len(program.boundaries[boundary].values))]
+
+    def _request(self, rule: Any, values: list[Any]) -> Request:
+        return Request(rule, Vectors(self._asked - 1, values))
+
+    def combined(self, request: Request) -> tuple[Any, ...] | None:
+        boundary: Any = self.program.boundaries[self._asked - 1]
+        memory = self._here()
+        results = [memory.where[name] for name in boundary.names]
+        kernel = self.loops.combining(request.rule, self._asked - 1, results)
+        if kernel is None:
+            return None
+        kernel(memory.work(self.work), memory)
+        return tuple(memory.combined[k] for k in results)
+
+    def _take(self, names: Sequence[str], answer: Sequence[Any]) -> None:
+        memory = self._here()
+        late = bool(self.program.late)
+        for name, value in zip(names, answer, strict=True):
+            place = memory.combined[memory.where[name]]
+            if late:  # a rule decides by it, on the host
+                super()._take([name], [value])
+            if getattr(value, "data_ptr", int)() != place.data_ptr():
+                place.copy_(value) if hasattr(value, "data_ptr") else place.fill_(float(value))
+
+    def finite_checks(self) -> list[str]:
+        return []
+
+    def to_read(self) -> list[tuple[list[tuple[str, Any]], list[Any]]]:
+        members = self.members.tolist()
+        return [
+            ([(self.group.paths[i], inner(self.group.rules[i], boundary.where)) for i in members], values)
+            for boundary, values in self._checked
+        ]
+
+    # --- the end of a step ---
+
+    def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
+        group, source = self.group, self.loops.source
+        for k, i in enumerate(group.scalars, len(group.arrays)):
+            self._point(source.pointers.index(f"new c{i}"), columns[k].addresses())
+        super().write(new_xs, columns)
+        if source.finish is not None:
+            self._launch(source.finish, self.work, pieces=False)
+
+    def count(self, counters: Vector) -> None:
+        chosen: Any = slice(None) if self.whole else self.members
+        kept = [k for k, i in enumerate(self.group.numbers) if i not in self.group.scalars]
+        for k, values in zip(kept, self._counting.run(self._inputs()), strict=True):
+            counters[chosen, k] = values

@@ -1,0 +1,50 @@
+"""A program of a group, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...arrays import Untraceable
+from ..graph.program import Program
+from ..kernels.backend import Kernels, kernels_of
+from ..kernels.c import compiler as build
+from ..kernels.cuda.devices import warn_once
+from ..kernels.cuda.kernels import Device, DeviceKernels
+from ..kernels.cuda.nvrtc import CompilationFailed
+
+
+class Variant:
+    """A program and its loops, or its kernels on a device.
+
+    ``scalars`` are the numbers of the state that lie on the device.
+    """
+
+    def __init__(self, program: Program, device: Device | None = None, scalars: Sequence[str] = ()) -> None:
+        self.program, self.device = program, device
+        self._scalars = tuple(scalars)
+        self._made: dict[bool, Kernels] = {}
+        self._on_device: DeviceKernels | Untraceable | None = None
+        self.scripts: dict[frozenset[str], Any] = {}
+
+    def loops(self) -> Kernels:
+        """The loops, made when they are asked for first."""
+        compiled = build.switch() != "0"
+        if compiled not in self._made:
+            self._made[compiled] = kernels_of(self.program)
+        return self._made[compiled]
+
+    def kernels(self) -> DeviceKernels:
+        """The kernels on its device, made when they are asked for first; Untraceable, with one warning, if there are none."""
+        if self._on_device is None:
+            device: Any = self.device
+            try:
+                self._on_device = DeviceKernels(self.program, self._scalars, device)
+            except CompilationFailed as reason:
+                warn_once(device.device, str(reason))
+                self._on_device = Untraceable(str(reason))
+            except Untraceable as reason:
+                self._on_device = reason
+        if isinstance(self._on_device, Untraceable):
+            raise self._on_device
+        return self._on_device

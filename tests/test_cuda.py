@@ -1,0 +1,201 @@
+"""Kernels for CUDA without a GPU: their source, compiled by g++ behind a shim, steps arrays of the host."""
+
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import optimisers as opt
+from optimisers.arrays import copied
+from optimisers.engine.kernels.cuda import devices
+from optimisers.engine.kernels.cuda.nvrtc import CompilationFailed
+from optimisers.errors import CompileWarning, NonFiniteError
+from shim import Shim
+from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
+
+CHAIN = (opt.SignDecay(1e-4), opt.WeightDecay(1e-3), opt.AdamW(3e-3))
+
+
+@pytest.fixture
+def shim(monkeypatch):
+    """A device in the place of the host, for torch."""
+    shim = Shim()
+    monkeypatch.setitem(devices.known, shim.device, shim)
+    return shim
+
+
+@pytest.fixture
+def by_loops(monkeypatch):
+    """Steps as the host takes them, by loops however small the arrays are."""
+
+    def result(*args):
+        with monkeypatch.context() as patch:
+            patch.setitem(devices.known, torch.device("cpu"), None)
+            patch.setenv("OPTIMISERS_COMPILE", "1")
+            return run(*args)
+
+    return result
+
+
+# --- what kernels compute -----------------------------------------------------------------------------------------------------
+
+
+@VERBS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "row", "rule"), LAWFUL, ids=IDS)
+def test_kernels_give_the_bits_of_loops(name, row, rule, dtype, verb, shim, by_loops):
+    model, grads = problem("torch", dtype)
+    found = run(rule, model, grads, verb)
+    assert shim.counts["pass_0"] > 1
+    assert_same(found, by_loops(rule, model, grads, verb), exact=row.law != "measured", dtype=dtype)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_the_threads_of_a_block_share_an_array(threads, shim, by_loops):
+    rule = opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.ClipNorm(0.3), *CHAIN)
+    model, grads = problem("torch", "float32")
+    shim.threads = threads
+    found = run(rule, model, grads, opt.update_)
+    assert_same(found, by_loops(rule, model, grads, opt.update_), exact=False, dtype="float32")
+
+
+@VERBS
+def test_arrays_that_begin_anywhere_and_rules_that_differ(verb, shim, by_loops):
+    """Addresses that no 16 bytes fit, and numbers in rows."""
+
+    def rule(p):
+        return opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(1e-2 / len(p.path) / p.shape[0]))
+
+    def shifted(x):
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+    model, grads = problem("torch", "float32", shapes=((3, 5), (300, 31), (40,)), absent=False)
+    grads = [{k: shifted(dx) for k, dx in given.items()} for given in grads]
+    found = run(rule, {k: shifted(x) for k, x in model.items()}, grads, verb)
+    assert_same(found, by_loops(rule, model, grads, verb), exact=False, dtype="float32")
+
+
+# --- how often they are launched ----------------------------------------------------------------------------------------------
+
+
+def gpt2(width):
+    """The shapes of GPT-2's 148 arrays, for this width instead of 768."""
+    vocabulary = 50257 * width // 768
+    shapes = [(vocabulary, width), (width * 4 // 3, width)]
+    for _ in range(12):
+        shapes += [(width,)] * 4
+        for rows, columns in ((3, 1), (1, 1), (4, 1), (1, 4)):
+            shapes += [(rows * width, columns * width), (rows * width,)]
+    return [*shapes, (width,), (width,)]
+
+
+MANY = [shape for _ in range(1000) for shape in ((4, 4), (4,))]
+
+
+def counted(rule, shapes, shim, *, verb=opt.update_):
+    """What a step launches and copies, once nothing moves."""
+    generator = torch.Generator().manual_seed(0)
+    model = {str(i): torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+    grads = {name: torch.randn(x.shape, generator=generator) for name, x in model.items()}
+    state = opt.setup(rule, model)
+    for _ in range(4):
+        shim.counts.clear()
+        state, model = verb(state, model, grads)
+    return Counter(shim.counts)
+
+
+@pytest.mark.parametrize("shapes", [gpt2(24), MANY], ids=["gpt2", "many"])
+def test_a_step_is_one_launch_and_no_copy(shapes, shim):
+    assert counted(opt.AdamW(1e-3), shapes, shim) == {"pass_0": 1}
+    assert counted(opt.Lion(1e-3), shapes, shim) == {"pass_0": 1}
+
+
+@pytest.mark.parametrize("throw", [True, False])
+@pytest.mark.parametrize("shapes", [gpt2(24), MANY], ids=["gpt2", "many"])
+def test_a_global_norm_costs_three_launches_more(shapes, throw, shim):
+    rule = opt.OptimiserChain(opt.ClipGlobalNorm(1.0, throw=throw), *CHAIN)
+    assert counted(rule, shapes, shim) == {"pass_0": 1, "sums_0": 1, "combine": 1, "pass_1": 1}
+
+
+def test_a_pure_step_copies_addresses_only(shim):
+    found = counted(opt.AdamW(1e-3), gpt2(24), shim, verb=opt.update)
+    assert found["pass_0"] == 1
+    assert found["upload"] <= 1
+
+
+def test_norms_of_several_dtypes_are_combined(shim, by_loops):
+    rule = opt.OptimiserChain(opt.ClipGlobalNorm(0.1), opt.Momentum(0.1))
+    single, grads = problem("torch", "float32", absent=False)
+    half, more = problem("torch", "bfloat16", seed=1, absent=False)
+    model = single | {f"h{k}": x for k, x in half.items()}
+    given = [a | {f"h{k}": dx for k, dx in b.items()} for a, b in zip(grads, more, strict=True)]
+    found = run(rule, model, given, opt.update_)
+    assert not shim.counts["combine"]
+    assert_same(found, by_loops(rule, model, given, opt.update_), exact=False, dtype="bfloat16")
+
+
+def test_what_cannot_be_combined_by_a_kernel_is_combined_by_the_rule(shim, by_loops):
+    @dataclass(frozen=True)
+    class Mean(opt.ClipGlobalNorm):
+        """Its measure of all arrays depends on how many there are."""
+
+        def combine(self, measures):
+            return (opt.ClipGlobalNorm.combine(self, measures)[0] / len(measures),)
+
+    rule = opt.OptimiserChain(Mean(0.1), opt.Momentum(0.1))
+    model, grads = problem("torch", "float32")
+    found = run(rule, model, grads, opt.update_)
+    assert not shim.counts["combine"]
+    assert_same(found, by_loops(rule, model, grads, opt.update_), exact=False, dtype="float32")
+
+
+# --- what may go wrong --------------------------------------------------------------------------------------------------------
+
+
+def test_another_stream_is_given_the_tables_again(shim, by_loops):
+    rule = opt.OptimiserChain(opt.ClipGlobalNorm(0.5), *CHAIN)
+    model, grads = problem("torch", "float32", absent=False)
+    state, xs = opt.setup(rule, model), {name: copied(x) for name, x in model.items()}
+    for t, given in enumerate(grads):
+        shim.current = t % 2
+        shim.counts.clear()
+        state, xs = opt.update_(state, xs, given)
+        assert shim.counts["upload"]
+    _, wanted = by_loops(rule, model, grads, opt.update_)
+    for name, x in xs.items():
+        torch.testing.assert_close(x, wanted[name])
+
+
+def test_a_fault_is_found_before_anything_is_written(shim):
+    model, grads = problem("torch", "float32", absent=False)
+    grads[0]["p0"][0, 0] = torch.nan
+    before = {name: copied(x) for name, x in model.items()}
+    state = opt.setup(opt.OptimiserChain(opt.ClipGlobalNorm(1.0), opt.AdamW()), model)
+    with pytest.raises(NonFiniteError, match=re.escape("ClipGlobalNorm at 'p0': the 2-norm of its gradient is nan")):
+        opt.update_(state, model, grads[0])
+    assert all(torch.equal(model[name], x) for name, x in before.items())
+    opt.update_(state, model, grads[1])
+
+
+def test_a_failed_compilation_is_told_once_and_changes_nothing(shim, monkeypatch):
+    def load(text, names):
+        raise CompilationFailed("NVRTC fails for sm_999: no such architecture")
+
+    monkeypatch.setattr(devices, "_warned", set())
+    monkeypatch.setattr(shim, "load", load)
+    rule = opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.AdaDelta())
+    model, grads = problem("torch", "float32")
+    with pytest.warns(CompileWarning, match="sm_999") as caught:
+        _, found = run(rule, model, grads, opt.update_)
+    assert len(caught) == 1
+    assert not shim.counts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(opt.Descent(0.5), model, grads, opt.update)
+    monkeypatch.setitem(devices.known, shim.device, None)
+    _, wanted = run(rule, model, grads, opt.update_)
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name])
