@@ -341,6 +341,59 @@ ROWS = (
         ),
     ),
     Row(
+        "ScheduleFree",
+        opt.ScheduleFree,
+        (
+            opt.ScheduleFree(opt.AdamW(lambda_=0.1)),
+            opt.ScheduleFree(opt.Descent(0.1), 0.5, r=0.1, power=0.0),
+            opt.ScheduleFree(opt.OptimiserChain(opt.WeightDecay(0.5), opt.RAdam(0.1, (0.0, 0.5)))),
+        ),
+        like_x=False,  # z of a half-precision array is kept in float32
+        bad=(
+            ({}, UnknownFieldError, "ScheduleFree needs its field 'rule'"),
+            ({"rule": 0.1}, RuleError, "ScheduleFree(rule, beta): rule must be a rule; got"),
+            ({"rule": opt.Adam(), "beta": 0}, HyperParameterError, "ScheduleFree: field 'beta' must be in (0, 1); got 0"),
+            ({"rule": opt.Adam(), "warmup": -1}, HyperParameterError, "field 'warmup' must be a whole number >= 0; got -1"),
+            (
+                {"rule": opt.OptimiserChain(opt.ClipGrad(), opt.ScheduleFree(opt.Adam()))},
+                RuleError,
+                "ScheduleFree inside ScheduleFree would work against itself; remove one of them",
+            ),
+            (
+                {"rule": opt.MixedPrecision(opt.Adam())},
+                RuleError,
+                "MixedPrecision goes by the new value of the array; put that around: MixedPrecision(ScheduleFree(...))",
+            ),
+        ),
+    ),
+    Row(
+        "Lookahead",
+        opt.Lookahead,
+        (opt.Lookahead(opt.Adam(0.1), 2), opt.Lookahead(opt.Momentum(0.1), 3, 0.8)),
+        like_x=False,  # slow weights of a half-precision array are kept in float32
+        bad=(
+            ({"rule": 0.1}, RuleError, "Lookahead(rule, k): rule must be a rule; got"),
+            ({"rule": opt.Adam(), "k": 0}, HyperParameterError, "Lookahead: field 'k' must be a whole number >= 1; got 0"),
+            ({"rule": opt.Adam(), "alpha": 1.5}, HyperParameterError, "Lookahead: field 'alpha' must be in [0, 1]; got 1.5"),
+            ({"rule": opt.Averaged(opt.Adam())}, RuleError, "put that around: Averaged(Lookahead(...))"),
+        ),
+    ),
+    Row(
+        "Cautious",
+        opt.Cautious,
+        (
+            opt.Cautious(opt.AdamW(0.1, lambda_=0.1)),
+            opt.Cautious(opt.OptimiserChain(opt.ClipNorm(1.0), opt.Momentum(0.1), opt.WeightDecay(0.01))),
+        ),
+        law="measured",
+        bad=(
+            ({"rule": 0.1}, RuleError, "Cautious(rule, mask): rule must be a rule; got"),
+            ({"rule": opt.Adam(), "mask": "x"}, HyperParameterError, "Cautious: field 'mask' must be one of 'step', 'decay'"),
+            ({"rule": opt.ScheduleFree(opt.Adam())}, RuleError, "put that around: ScheduleFree(Cautious(...))"),
+        ),
+    ),
+    Row("Cautious decay", opt.Cautious, (opt.Cautious(opt.AdamW(0.1, lambda_=0.1), mask="decay"),)),
+    Row(
         "StochasticRounding",
         opt.StochasticRounding,
         (opt.StochasticRounding(opt.Adam()), opt.StochasticRounding(opt.Momentum(0.1), seed=3)),

@@ -442,7 +442,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(row, rule, lib):
         state, model = opt.setup(rule, {"x": x}), {"x": x}
         (entry,) = state._entries  # its counters are numbers, as rules compute with them
         hidden, exact = entry.state, entry.rule
-        exact = usable_in_float16(exact) if "float16" in map(dtype_name, filter(kind, state_leaves(hidden))) else rule
+        exact = usable_in_float16(exact) if "float16" in map(dtype_name, filter(kind, state_leaves(hidden))) else exact
         for _ in range(4):
             dx = draw(3, 4)
             wide_x = convert(values(model["x"]), lib, "float32")

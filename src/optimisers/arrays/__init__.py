@@ -6,6 +6,7 @@ Dispatch is by type. torch is never imported here: if an array is a tensor, torc
 from ._elementwise import abs2 as abs2
 from ._elementwise import absolute as absolute
 from ._elementwise import add_multiple as add_multiple
+from ._elementwise import alignment as alignment
 from ._elementwise import clip as clip
 from ._elementwise import full_like as full_like
 from ._elementwise import interpolate as interpolate
@@ -59,6 +60,7 @@ from ._random import random_bits as random_bits
 from ._random import rounded_at_random as rounded_at_random
 from ._reductions import concatenate as concatenate
 from ._reductions import count_nonfinite as count_nonfinite
+from ._reductions import count_true as count_true
 from ._reductions import norm as norm
 from ._reductions import scalar_like as scalar_like
 from ._reductions import stack as stack

@@ -66,6 +66,11 @@ def abs2(x: Array) -> Array:
     return x * x
 
 
+def alignment(a: Array, b: Array) -> Array:
+    """The product, of complex numbers its part that is positive where the two point the same way: the real part of a conj(b)."""
+    return a.real * b.real + a.imag * b.imag if is_complex(a) or is_complex(b) else a * b
+
+
 def absolute(x: Array) -> Array:
     """The magnitude, real also for complex x."""
     return abs(x)

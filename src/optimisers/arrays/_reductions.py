@@ -50,6 +50,14 @@ def norm(x: Array, p: float = 2.0) -> Array:
     return total ** (1 / p) * safe
 
 
+def count_true(condition: Array) -> Array:
+    """How often a condition on elements holds, as a 0-d float64 number."""
+    if isinstance(condition, Traced):
+        return count_where(condition)
+    count = namespace(condition).count_nonzero(condition)
+    return cast_to(count, "float64") if kind(count) else np.float64(count)
+
+
 def count_nonfinite(x: Array) -> Array:
     """The number of infinite and NaN elements, 0-d."""
     if isinstance(x, Traced):

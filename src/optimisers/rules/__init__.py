@@ -34,9 +34,12 @@ from .matrices.newtonschulz import orthogonalise as orthogonalise
 from .sign.lion import Lion as Lion
 from .sign.rprop import Rprop as Rprop
 from .wrappers.averaged import Averaged as Averaged
+from .wrappers.cautious import Cautious as Cautious
 from .wrappers.chain import OptimiserChain as OptimiserChain
+from .wrappers.lookahead import Lookahead as Lookahead
 from .wrappers.mixedprecision import MixedPrecision as MixedPrecision
 from .wrappers.scheduled import Scheduled as Scheduled
+from .wrappers.schedulefree import ScheduleFree as ScheduleFree
 from .wrappers.stochasticrounding import StochasticRounding as StochasticRounding
 
 # Not an assignment, since type checkers and documentation tools read the imports above but cannot evaluate this.

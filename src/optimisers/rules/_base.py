@@ -32,7 +32,7 @@ def stepped(x: Array, step: Any) -> Array:
 class Measurement(NamedTuple):
     """What a rule asks the engine for in the middle of a step: its measure, combined over the leaves of its scope."""
 
-    rule: MeasuredRule
+    rule: MeasuringRule
     value: tuple[Any, ...]
 
 
@@ -135,6 +135,14 @@ class AbstractRule(ABC):
         """This rule with a new learning rate; ``base`` is the rule as given at setup, whose ratios are to be kept."""
         return self.replace(eta=eta)
 
+    def learning_rate(self, state: State) -> Any:
+        """What the coming step is multiplied by, as far as only its changes count: `ScheduleFree` weights steps by it."""
+        return getattr(self, "eta", 1.0)
+
+    def decay_factor(self, state: State) -> Any:
+        """What x is multiplied by in the part of the coming step that is weight decay and nothing else."""
+        return 0.0
+
     def set_own(self, fields: Mapping[str, Any]) -> tuple[AbstractRule, Mapping[str, Any], set[str]]:
         """Where a rule keeps values elsewhere than in its fields: (rule with them set, fields left, names that were set)."""
         return self, fields, set()
@@ -188,16 +196,8 @@ class AbstractRule(ABC):
         return hash((type(self), tuple(_hashable(value) for value in values)))
 
 
-class MeasuredRule(AbstractRule):
-    """A rule that needs a few numbers first, such as a norm, and is elementwise once it has them.
-
-    Write ``measure`` and ``apply_measured`` instead of ``apply``; ``combine`` and ``scope`` where the numbers are to be
-    taken over several arrays.
-    """
-
-    @property
-    def law(self) -> Law:
-        return "measured"
+class MeasuringRule(AbstractRule):
+    """A rule whose stages ask for ``Measurement(self, numbers)``."""
 
     @property
     def scope(self) -> str | None:
@@ -209,10 +209,6 @@ class MeasuredRule(AbstractRule):
         """Whether ``fault`` is to be asked about the measure, which costs one synchronisation a step for the whole tree."""
         return bool(getattr(self, "throw", False))
 
-    @abstractmethod
-    def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
-        """A few 0-d numbers about one array."""
-
     def combine(self, measures: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
         """The measures of all arrays of the scope as one."""
         (measure,) = measures
@@ -222,6 +218,22 @@ class MeasuredRule(AbstractRule):
         """What is wrong with one array's measure, read on the host; None if nothing. Asked only if ``checks``."""
         bad = [value for value in measure if not math.isfinite(value)]
         return f"a measure of its gradient is {bad[0]}" if bad else None
+
+
+class MeasuredRule(MeasuringRule):
+    """A rule that needs a few numbers first, such as a norm, and is elementwise once it has them.
+
+    Write ``measure`` and ``apply_measured`` instead of ``apply``; ``combine`` and ``scope`` where the numbers are to be
+    taken over several arrays.
+    """
+
+    @property
+    def law(self) -> Law:
+        return "measured"
+
+    @abstractmethod
+    def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
+        """A few 0-d numbers about one array."""
 
     @abstractmethod
     def apply_measured(self, state: State, x: Array, dx: Array, measure: tuple[Array, ...]) -> tuple[State, Array | None]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ArgumentError, described
-from ..rules import Apollo, Averaged, MixedPrecision, Muon, OptimiserChain, Scheduled, StochasticRounding
+from ..rules import Apollo, Muon, OptimiserChain, Scheduled
 from ..rules._adjust import field_names
 from ..rules._base import AbstractRule, children
+from ..rules._wrapper import Wrapper
 from ..tree.entry import host_state
 from ..tree.leaves import Slot
 from ..tree.state import StateTree, check_alive
@@ -49,7 +50,7 @@ def acting(rule: AbstractRule, state: Any, slot: Slot) -> Iterator[AbstractRule]
     elif isinstance(rule, OptimiserChain) and state is not None:
         for member, inner_state in zip(rule.rules, state, strict=True):
             yield from acting(member, inner_state, slot)
-    elif isinstance(rule, (Averaged, MixedPrecision, StochasticRounding)):
+    elif isinstance(rule, Wrapper):
         yield rule
         yield from acting(rule.rule, None if state is None else state[-1], slot)
     elif (isinstance(rule, Muon) and rule._matrix is False) or (isinstance(rule, Apollo) and len(slot.param.shape) < 2):

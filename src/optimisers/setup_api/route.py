@@ -8,7 +8,8 @@ from typing import Any
 
 from ..arrays import Array
 from ..errors import ArgumentError, RuleError, SelectionError, TieError, not_a_rule
-from ..rules import Averaged, MixedPrecision, OptimiserChain, Scheduled, StochasticRounding
+from ..rules import OptimiserChain, Scheduled
+from ..rules._wrapper import Wrapper
 from ..rules._adjust import field_names, with_eta
 from ..rules._base import AbstractRule, State, walk
 from ..tree.param import Param
@@ -30,7 +31,7 @@ class Route(AbstractRule):
     A pattern is a case-sensitive glob on the whole path (``*`` crosses dots, and ``*.bias`` also matches a top-level
     ``bias``), the type of the owner (``torch.nn.Embedding``), a predicate on `Param`, or a tuple of those, any of
     which may match. A rule of None means: not trained. ``setup`` expands a route; it may also stand inside Scheduled,
-    MixedPrecision, Averaged and StochasticRounding, and last in an OptimiserChain.
+    a wrapper such as MixedPrecision or Averaged, and last in an OptimiserChain.
 
     Raises at setup: SelectionError for a pattern that matches nothing, and for parameters that no pattern matches if
     ``otherwise`` is not given; TieError if the places of a tied array get different rules.
@@ -131,7 +132,7 @@ class Chooser:
                     raise RuleError(msg)
             last, reason = self._expand(rule.rules[-1], param, reason)
             return None if last is None else OptimiserChain(*rule.rules[:-1], last), reason
-        if isinstance(rule, (Scheduled, MixedPrecision, Averaged, StochasticRounding)):
+        if isinstance(rule, (Scheduled, Wrapper)):
             inner, reason = self._expand(rule.rule, param, reason)
             if inner is None:
                 return None, reason

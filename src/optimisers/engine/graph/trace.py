@@ -9,7 +9,7 @@ from typing import Any
 
 from ...arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
 from ...errors import OptimisersError
-from ...rules._base import AbstractRule, Assign, MeasuredRule, Stages, Together, Whole
+from ...rules._base import AbstractRule, Assign, MeasuringRule, Stages, Together, Whole
 from ...rules._precision import in_working_precision, state_leaves
 from ...rules.wrappers.scheduled import Scheduled
 from .program import COMPILED, Boundary, Part, Place, Program, Schedule, Transform, program_of
@@ -47,7 +47,7 @@ def _values(rule: AbstractRule) -> Iterator[Any]:
 
 def structure_of_rule(rule: AbstractRule) -> Any:
     """What a rule is apart from its numbers: two rules with equal structure are traced alike. Hashable, or Untraceable."""
-    measured = (rule.scope, rule.checks) if isinstance(rule, MeasuredRule) else None  # they may follow from its numbers
+    measured = (rule.scope, rule.checks) if isinstance(rule, MeasuringRule) else None  # they may follow from its numbers
     return type(rule), measured, tuple(_structure(value) for value in _values(rule))
 
 

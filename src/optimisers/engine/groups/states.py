@@ -11,9 +11,8 @@ import numpy as np
 from ...arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
 from ...rules._base import AbstractRule, children
 from ...rules._precision import state_leaves
-from ...rules.wrappers.averaged import Averaged
 from ...rules.wrappers.chain import OptimiserChain
-from ...rules.wrappers.mixedprecision import MixedPrecision
+from ...rules._wrapper import Wrapper
 from ...rules.wrappers.scheduled import Scheduled
 from ...tree.entry import Entry, Lease
 from ...tree.leaves import Slot
@@ -304,8 +303,5 @@ def _key(entry: Entry, x: Any) -> Any:
 
 def _has_law(rule: AbstractRule) -> bool:
     """Whether a rule is made of rules with laws, so that it may become loops. Laws of several kinds together are none."""
-    return rule.law != "none" or (isinstance(rule, _MADE_OF_RULES) and all(_has_law(inner) for _, _, inner in children(rule)))
-
-
-_MADE_OF_RULES = (OptimiserChain, Averaged, MixedPrecision, Scheduled)
-"""Rules whose law is that of the rules inside."""
+    made_of_rules = isinstance(rule, (OptimiserChain, Scheduled)) or (isinstance(rule, Wrapper) and rule.transparent)
+    return rule.law != "none" or (made_of_rules and all(_has_law(inner) for _, _, inner in children(rule)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
 from ...errors import NonFiniteError, RuleError, described, locating
-from ...rules._base import AbstractRule, Assign, MeasuredRule, Measurement, Stages, Together, Whole, walk
+from ...rules._base import AbstractRule, Assign, Measurement, MeasuringRule, Stages, Together, Whole, walk
 from ...rules._precision import in_working_precision, map_state, state_leaves
 from .stacks import answers
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 class Request(NamedTuple):
     """A measure of one array or of many, to be combined over a scope."""
 
-    rule: MeasuredRule
+    rule: MeasuringRule
     values: Iterable[tuple[Any, ...]]
 
 
@@ -202,7 +202,7 @@ def _check(tracks: Sequence[Track]) -> None:
 
 
 def _scopes(rule: AbstractRule) -> Counter[str]:
-    return Counter(r.scope for r in walk(rule) if isinstance(r, MeasuredRule) and r.scope is not None)
+    return Counter(r.scope for r in walk(rule) if isinstance(r, MeasuringRule) and r.scope is not None)
 
 
 def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

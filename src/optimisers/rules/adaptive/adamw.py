@@ -35,11 +35,13 @@ class AdamW(AbstractRule):
     def init(self, x: Array) -> State:
         return zeros_like(x), zeros_like(x, real=True), self.beta
 
+    def decay_factor(self, state: State) -> Any:
+        return self.eta * self.lambda_ if self.couple else self.lambda_
+
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, (b1t, b2t) = state
         b1, b2 = self.beta
         m = b1 * m + (1 - b1) * dx
         v = b2 * v + (1 - b2) * abs2(dx)
         rate, root = self.eta / (1 - b1t), 1 / sqrt(1 - b2t)
-        decay = self.eta * self.lambda_ if self.couple else self.lambda_
-        return (m, v, (b1t * b1, b2t * b2)), rate * m / (root * sqrt(v) + self.epsilon) + decay * x
+        return (m, v, (b1t * b1, b2t * b2)), rate * m / (root * sqrt(v) + self.epsilon) + self.decay_factor(state) * x

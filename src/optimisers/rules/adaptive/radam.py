@@ -30,17 +30,28 @@ class RAdam(AbstractRule):
     def init(self, x: Array) -> State:
         return zeros_like(x), zeros_like(x, real=True), self.beta, 1
 
+    def learning_rate(self, state: State) -> Any:
+        """0 until the variance is tractable, as the authors of schedule-free learning have it."""
+        tractable, rectification = self._rectification(state)
+        return self.eta * where(tractable, rectification, 0.0)
+
+    def _rectification(self, state: State) -> tuple[Any, Any]:
+        """(whether the variance is tractable, factor for it or 1)."""
+        _, _, (_, b2t), t = state
+        longest = 2 / (1 - self.beta[1]) - 1
+        length = longest - 2 * t * b2t / (1 - b2t)
+        tractable = length > 4
+        above = where(tractable, (length - 4) * (length - 2) * longest, 1.0)
+        below = where(tractable, (longest - 4) * (longest - 2) * length, 1.0)
+        return tractable, sqrt(above / below)
+
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, (b1t, b2t), t = state
         b1, b2 = self.beta
         m = b1 * m + (1 - b1) * dx
         v = b2 * v + (1 - b2) * abs2(dx)
-        longest = 2 / (1 - b2) - 1
-        length = longest - 2 * t * b2t / (1 - b2t)
-        tractable = length > 4
-        above = where(tractable, (length - 4) * (length - 2) * longest, 1.0)
-        below = where(tractable, (longest - 4) * (longest - 2) * length, 1.0)
-        rate = self.eta / (1 - b1t) * sqrt(above / below)
+        tractable, rectification = self._rectification(state)
+        rate = self.eta / (1 - b1t) * rectification
         root = 1 / sqrt(1 - b2t)
         step = rate * m / where(tractable, root * sqrt(v) + self.epsilon, 1.0)
         return (m, v, (b1t * b1, b2t * b2), t + 1), step

@@ -26,5 +26,8 @@ class WeightDecay(AbstractRule):
     def init(self, x: Array) -> State:
         return None
 
+    def decay_factor(self, state: State) -> Any:
+        return self.lambda_
+
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         return state, dx + self.lambda_ * x

@@ -119,6 +119,9 @@ class Muon(TransformingRule):
         lone = x.ndim < self.batch_dims + 2 or math.prod(x.shape[self.batch_dims + 1 :]) == 1
         return not lone and not (self.fallback is not None and bool(self.fallback(x)))
 
+    def decay_factor(self, state: State) -> Any:
+        return self.eta * self.lambda_ if self._matrix else self.opt.decay_factor(state)
+
     def init(self, x: Array) -> State:
         if not self._is_matrix(x):
             return self.opt.init(x)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...arrays import Array, cast_to, dtype_name, working_dtype
-from ...errors import RuleError, not_a_rule
-from .._adjust import with_eta
-from .._base import AbstractRule, CompositeRule, Law, Stages, State, stepped
+from .._base import AbstractRule, Stages, State, stepped
 from .._fields import Interval, bounded
+from .._wrapper import Wrapper
 
 
 class Average(NamedTuple):
@@ -19,9 +18,13 @@ class Average(NamedTuple):
     power: Any
     rule: Any
 
+    def evaluated(self, x: Array) -> Array:
+        """What is to stand in the place of x where the model is used."""
+        return self.average
+
 
 @dataclass(frozen=True)
-class Averaged(CompositeRule):
+class Averaged(Wrapper):
     """Steps as the rule inside does, and keeps an exponential moving average of the parameter.
 
     After step t from x[t-1] to x[t] the average is ``a <- a + w (x[t] - a)``. With debias, ``w = (1 - decay) / (1 -
@@ -43,25 +46,10 @@ class Averaged(CompositeRule):
     debias: bool = True
 
     final = True
+    alters = False
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.rule, AbstractRule):
-            msg = f"Averaged(rule, decay): rule must be a rule; got {not_a_rule(self.rule)}"
-            raise RuleError(msg)
-        super().__post_init__()
-
-    @property
-    def law(self) -> Law:
-        return self.rule.law
-
-    def with_eta(self, eta: Any, base: Averaged) -> Averaged:
-        return self.replace(rule=with_eta(self.rule, eta, base.rule))
-
-    def init(self, x: Array) -> State:
-        return Average(_start(x), 1.0, self.rule.init(x))
-
-    def init_as(self, x: Array, dtype: str) -> State:
-        return Average(_start(cast_to(x, dtype)), 1.0, self.rule.init_as(x, dtype))
+    def start(self, x: Array, inner: State) -> State:
+        return Average(as_start(x), 1.0, inner)
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         average, power, inner = state
@@ -74,6 +62,6 @@ class Averaged(CompositeRule):
         return Average(average + weight * (new - average), power, inner), step
 
 
-def _start(x: Array) -> Array:
+def as_start(x: Array) -> Array:
     """A copy of x, with x's strides, in which small changes add up."""
     return 1 * cast_to(x, working_dtype(dtype_name(x)))

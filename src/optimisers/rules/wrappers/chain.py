@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from ...arrays import Array
 from ...errors import RuleError, not_a_rule
 from .._adjust import with_eta
 from .._base import AbstractRule, CompositeRule, Law, Stages, State, stages_of, walk
+from ..decay.weightdecay import WeightDecay
 from .mixedprecision import MixedPrecision
 
 
@@ -58,6 +60,18 @@ class OptimiserChain(CompositeRule):
 
     def with_eta(self, eta: Any, base: OptimiserChain) -> OptimiserChain:
         return OptimiserChain(*(with_eta(rule, eta, old) for rule, old in zip(self.rules, base.rules, strict=True)))
+
+    def learning_rate(self, state: State) -> Any:
+        return math.prod(rule.learning_rate(inner) for rule, inner in zip(self.rules, state, strict=True))
+
+    def decay_factor(self, state: State) -> Any:
+        """That of the last member that is no `WeightDecay`, and of those behind it."""
+        total = 0.0
+        for rule, inner in zip(reversed(self.rules), reversed(state), strict=True):
+            total = total + rule.decay_factor(inner)
+            if not isinstance(rule, WeightDecay):
+                break
+        return total
 
     def init(self, x: Array) -> State:
         return tuple(rule.init(x) for rule in self.rules)

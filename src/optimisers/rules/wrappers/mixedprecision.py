@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arrays import Array, as_dtype_name, cast_to, detached, dtype_name, real_dtype, where, working_dtype
-from ...errors import HyperParameterError, RuleError, not_a_rule
-from .._adjust import with_eta
-from .._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stepped, walk
+from ...errors import HyperParameterError, RuleError
+from .._base import AbstractRule, Assign, Stages, State, stepped, walk
 from .._precision import in_working_precision
+from .._wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class MixedPrecision(CompositeRule):
+class MixedPrecision(Wrapper):
     """Steps a master copy of each array, kept in another dtype; the array itself becomes the rounded master.
 
     The array is the truth: an element that is not the rounded master any more was written by others, such as
@@ -33,11 +33,11 @@ class MixedPrecision(CompositeRule):
     _own: str | None = dataclasses.field(default=None, repr=False)  # the array's dtype, where there is a master; made at setup
 
     structural = ("dtype", "_own")
+    alters = False
+    assigns = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, AbstractRule):
-            msg = f"MixedPrecision(rule, dtype): rule must be a rule; got {not_a_rule(self.rule)}"
-            raise RuleError(msg)
+        super().__post_init__()
         if any(isinstance(inner, MixedPrecision) for inner in walk(self.rule)):
             msg = "MixedPrecision inside MixedPrecision would keep two masters of one array; remove one of them"
             raise RuleError(msg)
@@ -46,13 +46,6 @@ class MixedPrecision(CompositeRule):
         except ValueError as error:
             msg = f"MixedPrecision: field 'dtype' must be a real floating dtype; {error}"
             raise HyperParameterError(msg) from None
-
-    @property
-    def law(self) -> Law:
-        return self.rule.law
-
-    def with_eta(self, eta: Any, base: MixedPrecision) -> MixedPrecision:
-        return self.replace(rule=with_eta(self.rule, eta, base.rule))
 
     def resolved(self, x: Array, path: str) -> MixedPrecision:
         own = dtype_name(x)

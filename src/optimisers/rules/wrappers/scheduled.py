@@ -87,6 +87,12 @@ class Scheduled(CompositeRule):
         rest = {name: value for name, value in fields.items() if name not in own}
         return (self.replace(schedules={**schedules, **own}) if own else self), rest, set(own)
 
+    def learning_rate(self, state: State) -> Any:
+        return self.at(host_int(state[0], "Scheduled")).learning_rate(state[1])
+
+    def decay_factor(self, state: State) -> Any:
+        return self.at(host_int(state[0], "Scheduled")).decay_factor(state[1])
+
     def init(self, x: Array) -> State:
         return 0, self.rule.init(x)
 

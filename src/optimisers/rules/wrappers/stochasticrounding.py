@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arrays import Array, cast_to, dtype_name, rounded_at_random
-from ...errors import RuleError, not_a_rule
-from .._adjust import with_eta
-from .._base import AbstractRule, Assign, CompositeRule, Law, Stages, State, stages_of, stepped, walk
+from ...errors import RuleError
+from .._base import AbstractRule, Assign, Law, Stages, State, stages_of, stepped, walk
 from .._fields import Interval, bounded
 from .._seeds import stream_key
+from .._wrapper import Wrapper
 from .mixedprecision import MixedPrecision
 
 
 @dataclass(frozen=True)
-class StochasticRounding(CompositeRule):
+class StochasticRounding(Wrapper):
     """Rounds new bfloat16 parameters up or down at random, so that steps too small for the nearest value add up.
 
     A float32 result y between neighbours a < b in bfloat16 becomes b with probability (y - a) / (b - a), else a: its mean
@@ -40,25 +40,21 @@ class StochasticRounding(CompositeRule):
 
     structural = ("seed", "_key")
     final = True
+    alters = False
+    transparent = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, AbstractRule):
-            msg = f"StochasticRounding(rule, seed): rule must be a rule; got {not_a_rule(self.rule)}"
-            raise RuleError(msg)
+        super().__post_init__()
         if any(isinstance(inner, (MixedPrecision, StochasticRounding)) for inner in walk(self.rule)):
             msg = (
                 "StochasticRounding stands for the master copy of MixedPrecision; neither that nor another StochasticRounding "
                 "may be inside"
             )
             raise RuleError(msg)
-        super().__post_init__()
 
     @property
     def law(self) -> Law:
         return "none"  # the random numbers depend on the place in the array
-
-    def with_eta(self, eta: Any, base: StochasticRounding) -> StochasticRounding:
-        return self.replace(rule=with_eta(self.rule, eta, base.rule))
 
     def resolved(self, x: Array, path: str) -> StochasticRounding:
         rule = super().resolved(x, path)
