@@ -67,7 +67,7 @@ def abs2(x: Array) -> Array:
 
 
 def alignment(a: Array, b: Array) -> Array:
-    """The product, of complex numbers its part that is positive where the two point the same way: the real part of a conj(b)."""
+    """The product, for complex numbers the real part of a conj(b): positive where the two point the same way."""
     return a.real * b.real + a.imag * b.imag if is_complex(a) or is_complex(b) else a * b
 
 

@@ -17,7 +17,7 @@ class Wrapper(CompositeRule):
     rule: AbstractRule
 
     transparent: ClassVar[bool] = True
-    """Whether what it does itself is elementwise or measured, so that loops can be made of it where they can of the rule inside."""
+    """Whether what it does itself is elementwise or measured, so that it becomes loops where the rule inside does."""
 
     alters: ClassVar[bool] = True
     """Whether it changes the step, so that a rule that goes by the new value of the array must stand around it."""
@@ -28,7 +28,7 @@ class Wrapper(CompositeRule):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not isinstance(self.rule, AbstractRule):
-            first = ", ".join([f.name for f in dataclasses.fields(self)][:2])  # type: ignore[arg-type]
+            first = ", ".join([f.name for f in dataclasses.fields(self)][:2])
             msg = f"{name}({first}): rule must be a rule; got {not_a_rule(self.rule)}"
             raise RuleError(msg)
         if self.alters:

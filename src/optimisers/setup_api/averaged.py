@@ -32,7 +32,7 @@ def averaged(state: StateTree, model: Any) -> Any:
     leaves = checked_leaves(state, model)
     found = False
     for slot, entry in zip(state._slots, state._entries, strict=True):
-        kept = find_state(entry.state, (Average, Interpolated))
+        kept: Any = find_state(entry.state, Average) or find_state(entry.state, Interpolated)
         if kept is None:
             continue
         found = True

@@ -9,9 +9,9 @@ from typing import Any
 from ..arrays import Array
 from ..errors import ArgumentError, RuleError, SelectionError, TieError, not_a_rule
 from ..rules import OptimiserChain, Scheduled
-from ..rules._wrapper import Wrapper
 from ..rules._adjust import field_names, with_eta
 from ..rules._base import AbstractRule, State, walk
+from ..rules._wrapper import Wrapper
 from ..tree.param import Param
 from ..tree.select import check_pattern, describe, known_paths, matches
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ...arrays import Array, alignment, count_true, element_count, maximum, scalar_like, where
-from .._base import AbstractRule, Law, MeasuringRule, Measurement, Stages, State, stages_of
+from .._base import AbstractRule, Law, Measurement, MeasuringRule, Stages, State, stages_of
 from .._fields import Choice, bounded
 from .._wrapper import Wrapper
 

@@ -13,7 +13,7 @@ from .averaged import as_start
 
 
 class Interpolated(NamedTuple):
-    """The state of `ScheduleFree`: z, (number of the coming step, greatest learning rate, sum of weights, beta), state of the rule."""
+    """The state of `ScheduleFree`: z, (number of the coming step, greatest rate, sum of weights, beta), state of the rule."""
 
     z: Any
     numbers: tuple[Any, Any, Any, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from ...arrays import Array, cast_to, dtype_name, rounded_at_random
 from ...errors import RuleError

@@ -1,0 +1,238 @@
+"""Wrappers around rules: what each does, against slow references, around ten rules each."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import optimisers as opt
+from golden_data import made, numpy_of
+from looped import held
+from optimisers.errors import ArgumentError, HyperParameterError, RuleError
+from running import run
+
+TEN = (
+    opt.Descent(0.1),
+    opt.Momentum(0.1),
+    opt.Nesterov(0.1),
+    opt.RMSProp(0.1),
+    opt.AdamW(0.1, lambda_=0.1),
+    opt.RAdam(0.1, (0.0, 0.9)),
+    opt.Lion(0.1),
+    opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam(0.1), opt.WeightDecay(0.01)),
+    opt.Muon(opt.AdamW(0.01), 0.1),
+    opt.Apollo(0.1, 2),
+)
+"""Rules that wrappers are tried around."""
+
+around_ten = pytest.mark.parametrize("rule", TEN, ids=lambda rule: type(rule).__name__)
+both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
+
+
+def drawn(count=7, shape=(4, 6), seed=0):
+    """A start and gradients."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape), rng.standard_normal((count, *shape))
+
+
+class Stepper:
+    """A rule outside of any tree: its steps, one after another."""
+
+    def __init__(self, rule, x):
+        self.rule = rule.resolved(x, "")
+        self.state = self.rule.init(x)
+
+    def __call__(self, x, g):
+        self.state, step = self.rule.apply(self.state, x, g)
+        return step
+
+
+def eta_of(rule):
+    """The learning rate of one of the ten."""
+    if isinstance(rule, opt.OptimiserChain):
+        return rule.rules[1].eta
+    return rule.opt.eta if isinstance(rule, opt.Apollo) else rule.eta
+
+
+def rectified(beta, t):
+    """The rectification of RAdam, 0 while the variance is not tractable."""
+    longest = 2 / (1 - beta) - 1
+    length = longest - 2 * t * beta**t / (1 - beta**t)
+    if length <= 4:
+        return 0.0
+    return (((length - 4) * (length - 2) * longest) / ((longest - 4) * (longest - 2) * length)) ** 0.5
+
+
+# --- ScheduleFree ---------------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("options", [{}, {"beta": 0.6, "warmup": 3, "r": 1.5, "power": 0.5}], ids=["defaults", "others"])
+@around_ten
+def test_schedule_free_is_three_sequences(rule, options, kind):
+    x0, grads = drawn()
+    beta, warmup = options.get("beta", 0.9), options.get("warmup", 0)
+    r, power = options.get("r", 0.0), options.get("power", 2.0)
+    step, x, y, z, total, top = Stepper(rule, x0), x0, x0, x0, 0.0, 0.0
+    model = made(x0, kind)
+    state = opt.setup(opt.ScheduleFree(rule, **options), model)
+    for t, g in enumerate(grads, 1):
+        rise = min(1.0, t / warmup) if warmup else 1.0
+        rate = rise * (rectified(rule.beta[1], t) if isinstance(rule, opt.RAdam) else 1.0)
+        top = max(top, rate * eta_of(rule))
+        z = z - (rise if rate else 0.0) * step(y, g)
+        weight = t**r * top**power
+        total += weight
+        if total:
+            x = x + weight / total * (z - x)
+        y = beta * x + (1 - beta) * z
+        state, model = opt.update(state, model, made(g, kind))
+        np.testing.assert_allclose(numpy_of(model), y, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(numpy_of(opt.averaged(state, model)), x, rtol=1e-9, atol=1e-11)
+
+
+def test_the_weight_of_a_schedule_free_step_follows_schedules():
+    x0, grads = drawn(4)
+    rates = [0.1, 0.4, 0.2, 0.3]
+    steps = rates.__getitem__
+    for rule in (
+        opt.Scheduled(opt.ScheduleFree(opt.Descent()), eta=steps),
+        opt.ScheduleFree(opt.Scheduled(opt.Descent(), eta=steps)),
+        opt.ScheduleFree(opt.OptimiserChain(opt.Descent(0.5), opt.Scheduled(opt.Descent(), eta=lambda t: 2 * rates[t]))),
+    ):
+        x = z = y = x0
+        total = 0.0
+        state, model = opt.setup(rule, x0), x0
+        for t, g in enumerate(grads):
+            z = z - rates[t] * g
+            weight = max(rates[: t + 1]) ** 2
+            total += weight
+            x = x + weight / total * (z - x)
+            y = 0.9 * x + 0.1 * z
+            state, model = opt.update(state, model, g)
+            np.testing.assert_allclose(model, y, rtol=1e-12)
+
+
+def test_the_average_of_a_master_copy_is_taken_from_it():
+    x0, grads = drawn(5)
+    x = torch.tensor(x0).to(torch.bfloat16)
+    state, exact = opt.setup(opt.MixedPrecision(opt.ScheduleFree(opt.AdamW(0.01))), x), x.float()
+    other, model = opt.setup(opt.ScheduleFree(opt.AdamW(0.01)), exact), exact
+    for g in torch.tensor(grads).to(torch.bfloat16):
+        state, x = opt.update(state, x, g)
+        other, model = opt.update(other, model, g.float())
+    assert torch.equal(opt.averaged(state, x), opt.averaged(other, model).to(torch.bfloat16))
+
+
+def test_the_average_is_there_from_the_start_and_has_the_class_of_the_model():
+    net = torch.nn.Linear(3, 2)
+    state = opt.setup(opt.ScheduleFree(opt.AdamW()), net)
+    mean = opt.averaged(state, net)
+    assert torch.equal(mean["weight"], net.weight)
+    assert not mean["weight"].grad_fn
+    net.weight.grad = torch.ones(2, 3)
+    state, net = opt.update_(state, net)
+    assert not torch.equal(opt.averaged(state, net)["weight"], mean["weight"])
+    assert torch.equal(opt.averaged(state, net)["bias"], net.bias)  # it had no gradient
+
+
+def test_averaged_asks_for_a_rule_that_averages():
+    model = {"w": np.ones(3)}
+    state = opt.setup(opt.Lookahead(opt.Adam()), model)
+    with pytest.raises(ArgumentError, match=re.escape("set up with Averaged(rule, decay) or ScheduleFree(rule)")):
+        opt.averaged(state, model)
+
+
+def test_beta_of_a_schedule_free_rule_is_fixed_and_that_of_the_rule_inside_is_not():
+    state = opt.setup(opt.ScheduleFree(opt.AdamW()), np.ones(3))
+    with pytest.raises(HyperParameterError, match="field 'beta' of ScheduleFree is fixed at setup"):
+        opt.adjust(state, beta=(0.5, 0.9))
+    new = opt.adjust(state, beta=(0.5, 0.9), rule=opt.AdamW)
+    assert new[()].rule == opt.ScheduleFree(opt.AdamW(beta=(0.5, 0.9)))
+
+
+# --- Lookahead ------------------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@around_ten
+def test_lookahead_sets_back_every_kth_step(rule, kind):
+    x0, grads = drawn()
+    step, slow, x, expected = Stepper(rule, x0), x0, x0, []
+    for t, g in enumerate(grads, 1):
+        x = x - step(x, g)
+        if t % 3 == 0:
+            x = slow = slow + 0.8 * (x - slow)
+        expected.append(x)
+    np.testing.assert_allclose(run(opt.Lookahead(rule, 3, 0.8), x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_lookahead_must_be_last():
+    with pytest.raises(RuleError, match=r"member 0, Lookahead, is or holds Lookahead, .* must be the last member"):
+        opt.OptimiserChain(opt.Lookahead(opt.Adam()), opt.WeightDecay())
+
+
+# --- Cautious -------------------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@around_ten
+def test_cautious_leaves_out_what_goes_against_the_gradient(rule, kind):
+    x0, grads = drawn(seed=1)
+    decay = {opt.AdamW: 0.1 * 0.1, opt.OptimiserChain: 0.01, opt.Muon: 0.1 * 0.01}.get(type(rule), 0.0)
+    step, x, expected = Stepper(rule, x0), x0, []
+    for g in grads:
+        bare = step(x, g) - decay * x
+        mask = bare * g > 0
+        x = x - bare * mask / max(mask.mean(), 1e-3) - decay * x
+        expected.append(x)
+    np.testing.assert_allclose(run(opt.Cautious(rule), x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+
+
+@both_kinds
+def test_cautious_decay_does_not_go_against_the_step(kind):
+    x0, grads = drawn(seed=2)
+    step, x, expected = Stepper(opt.Momentum(0.1), x0), x0, []
+    for g in grads:
+        bare = step(x, g)
+        x = x - bare - 0.3 * np.where(bare * x >= 0, x, 0)
+        expected.append(x)
+    rule = opt.Cautious(opt.OptimiserChain(opt.Momentum(0.1), opt.WeightDecay(0.3)), mask="decay")
+    np.testing.assert_allclose(run(rule, x0, grads, kind), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_step_that_is_left_out_everywhere_is_none():
+    rule = opt.Cautious(opt.Momentum(0.1, 0.9))
+    x = np.zeros(3)
+    state = opt.setup(rule, x)
+    state, x = opt.update(state, x, np.ones(3))
+    _, after = opt.update(state, x, np.full(3, -0.1))
+    np.testing.assert_array_equal(after, x)
+
+
+# --- all ------------------------------------------------------------------------------------------------------------------
+
+WRAPPERS = (opt.ScheduleFree, opt.Lookahead, opt.Cautious, lambda rule: opt.Cautious(rule, "decay"))
+
+
+@both_kinds
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["ScheduleFree", "Lookahead", "Cautious", "Cautious decay"])
+def test_wrappers_of_rules_with_loops_have_loops(wrap, kind):
+    x = made({"w": np.zeros((64, 96), np.float32)}, kind)
+    for rule in (opt.AdamW(lambda_=0.1), opt.OptimiserChain(opt.ClipNorm(), opt.Lion()), opt.Muon()):
+        if kind == "torch" or not isinstance(rule, opt.Muon):
+            state = opt.setup(wrap(rule), x)
+            for _ in range(2):
+                state, x = opt.update(state, x, made({"w": np.ones((64, 96), np.float32)}, kind))
+            assert held(state) == 1, rule
+
+
+@both_kinds
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["ScheduleFree", "Lookahead", "Cautious", "Cautious decay"])
+@around_ten
+def test_the_learning_rate_reaches_the_rule_inside(rule, wrap, kind):
+    state = opt.setup(wrap(rule), made(np.ones((3, 4)), kind))
+    assert opt.adjust(state, 0.5)[()].rule == wrap(opt.adjust(rule, 0.5))
+    assert opt.adjust(state, times=0.5)[()].rule == wrap(opt.adjust(rule, times=0.5))
+    assert opt.freeze(state)[()].frozen
