@@ -27,6 +27,7 @@ class Row:
     like_x: whether every array of the state has the shape and strides of x.
     min_ndim: fewest dimensions of the arrays it takes.
     stacked: for a stackable rule: the same rule treating one more leading dimension as a stack.
+    rates: learning rates at which the first configuration finds the minimum of a quadratic and of Rosenbrock's function.
     bad: (keywords, error, fragment of its text).
     """
 
@@ -42,6 +43,7 @@ class Row:
     like_x: bool = True
     min_ndim: int = 0
     stacked: Callable[[Any], Any] | None = None
+    rates: tuple[float, float] | None = None
     bad: tuple[Bad, ...] = ()
 
 
@@ -131,6 +133,15 @@ def bad_beta(name: str) -> tuple[Bad, ...]:
     )
 
 
+def bad_betas(name: str) -> tuple[Bad, ...]:
+    """As `bad_beta`, of three."""
+    return (
+        ({"beta": (0.9, 0.9)}, HyperParameterError, f"{name}: field 'beta' must be 3 numbers, each in [0, 1); got (0.9, 0.9)"),
+        ({"beta": (0.9, 0.9, 1.0)}, HyperParameterError, f"{name}: field 'beta[2]' must be in [0, 1); got 1.0"),
+        ({"betas": (0.9, 0.9, 0.9)}, UnknownFieldError, f"{name} has no field 'betas'; did you mean 'beta'?"),
+    )
+
+
 def bad_lambda(name: str) -> tuple[Bad, ...]:
     return (
         ({"lambda_": -1}, HyperParameterError, f"{name}: field 'lambda_' must be a finite number >= 0; got -1"),
@@ -153,6 +164,18 @@ def adam_like(name: str, **claims: Any) -> Row:
     return Row(name, make, configs, bad=bad, **claims)
 
 
+def usual(name: str, *configs: dict[str, Any], bad: tuple[Bad, ...] = (), **claims: Any) -> Row:
+    """A row of a rule whose fields with conventional names refuse what they always refuse; configs are its keywords."""
+    make = getattr(opt, name)
+    default = make()
+    shared: dict[str, Callable[[str], tuple[Bad, ...]]] = {
+        "eta": bad_eta, "epsilon": bad_epsilon, "lambda_": bad_lambda,
+        "beta": bad_beta if len(getattr(default, "beta", ())) == 2 else bad_betas,
+    }  # fmt: skip
+    usually = tuple(each for field, refused in shared.items() if hasattr(default, field) for each in refused(name))
+    return Row(name, make, (default, *(make(**config) for config in configs)), bad=(*usually, *bad), **claims)
+
+
 def halving(step: int) -> float:
     """A schedule."""
     return 0.01 / 2**step
@@ -172,23 +195,32 @@ ELL = "must be (down, up) with 0 < down < 1 < up"
 GAMMA = "must be (low, high) with 0 < low < high"
 
 ROWS = (
-    Row("Descent", opt.Descent, (opt.Descent(), opt.Descent(eta=0), opt.Descent(0.5)), bad=bad_eta("Descent")),
+    Row(
+        "Descent",
+        opt.Descent,
+        (opt.Descent(), opt.Descent(eta=0), opt.Descent(0.5)),
+        rates=(0.1, 0.0018),
+        bad=bad_eta("Descent"),
+    ),
     Row(
         "Momentum",
         opt.Momentum,
         (opt.Momentum(), opt.Momentum(0.1, 0.0), opt.Momentum(eta=0.1, rho=0.99)),
+        rates=(0.03, 0.002),
         bad=(*bad_eta("Momentum"), *bad_fraction("Momentum", "rho")),
     ),
     Row(
         "Nesterov",
         opt.Nesterov,
         (opt.Nesterov(), opt.Nesterov(0.1, 0.0), opt.Nesterov(eta=0.1, rho=0.99)),
+        rates=(0.03, 0.001),
         bad=(*bad_eta("Nesterov"), *bad_fraction("Nesterov", "rho")),
     ),
     Row(
         "RMSProp",
         opt.RMSProp,
         (opt.RMSProp(), opt.RMSProp(centred=True), opt.RMSProp(0.1, 0.0, 1e-3), opt.RMSProp(0.1, 0.5, 1e-2, True)),
+        rates=(0.1, 0.003),
         bad=(
             *bad_eta("RMSProp"),
             *bad_fraction("RMSProp", "rho"),
@@ -213,17 +245,54 @@ ROWS = (
             ({"etas": (0.5, 1.2)}, UnknownFieldError, "Rprop has no field 'etas'; did you mean 'ell'?"),
         ),
     ),
-    adam_like("Adam"),
-    adam_like("RAdam"),
-    adam_like("AdaMax", complex=False),
-    adam_like("AMSGrad", complex=False),
-    adam_like("NAdam"),
-    adam_like("OAdam"),
-    adam_like("AdaBelief"),
+    adam_like("Adam", rates=(0.3, 0.03)),
+    adam_like("RAdam", rates=(0.3, 0.03)),
+    adam_like("AdaMax", complex=False, rates=(0.3, 0.1)),
+    adam_like("AMSGrad", complex=False, rates=(0.3, 0.03)),
+    adam_like("NAdam", rates=(0.3, 0.01)),
+    adam_like("OAdam", rates=(0.1, 0.003)),
+    adam_like("AdaBelief", rates=(0.1, 0.03)),
+    usual(
+        "AdEMAMix",
+        {"eta": 0.05, "beta": (0.5, 0.9, 0.0), "lambda_": 0.1, "alpha": 2.0, "warmup": 3},
+        {"eta": 0.05, "beta": (0.0, 0.9, 0.99), "epsilon": 1e-3, "warmup": 10},
+        rates=(1.0, 0.03),
+        bad=(
+            ({"alpha": -1}, HyperParameterError, "AdEMAMix: field 'alpha' must be a finite number >= 0; got -1"),
+            ({"warmup": math.inf}, HyperParameterError, "AdEMAMix: field 'warmup' must be a finite number >= 0; got inf"),
+        ),
+    ),
+    usual(
+        "Adan",
+        {"eta": 0.05, "beta": (0.0, 0.0, 0.5), "lambda_": 0.1},
+        {"eta": 0.05, "lambda_": 0.1, "epsilon": 1e-3, "proximal": False},
+        rates=(0.3, 0.1),
+        bad=(({"proximal": 1}, HyperParameterError, "Adan: field 'proximal' must be True or False; got 1"),),
+    ),
+    usual(
+        "Adopt",
+        {"eta": 0.05, "beta": (0.0, 0.5), "lambda_": 0.1, "slack": math.inf},
+        {"eta": 0.05, "beta": (0.5, 0.0), "epsilon": 1e-3, "power": 0.333, "slack": 1},
+        complex=False,
+        rates=(0.3, 0.1),
+        bad=(
+            ({"power": -1}, HyperParameterError, "Adopt: field 'power' must be a finite number >= 0; got -1"),
+            ({"slack": -1}, HyperParameterError, "Adopt: field 'slack' must be a number >= 0; got -1"),
+        ),
+    ),
+    usual("LaProp", {"eta": 0.05, "beta": (0.0, 0.5), "lambda_": 0.1, "epsilon": 1e-3}, rates=(0.3, 0.03)),
+    usual(
+        "Yogi",
+        {"eta": 0.05, "beta": (0.0, 0.5), "start": 0.0},
+        {"beta": (0.8, 0.9), "debias": False},
+        rates=(0.3, 0.1),
+        bad=(({"start": -1}, HyperParameterError, "Yogi: field 'start' must be a finite number >= 0; got -1"),),
+    ),
     Row(
         "AdaGrad",
         opt.AdaGrad,
         (opt.AdaGrad(), opt.AdaGrad(eta=0.01, epsilon=1e-2)),
+        rates=(1.0, 0.1),
         bad=(*bad_eta("AdaGrad"), *bad_epsilon("AdaGrad")),
     ),
     Row(
@@ -240,6 +309,7 @@ ROWS = (
         "AdamW",
         opt.AdamW,
         (opt.AdamW(), opt.AdamW(0.1, (0.5, 0.9), 0.1), opt.AdamW(0.1, lambda_=0.01, epsilon=1e-3, couple=False)),
+        rates=(0.3, 0.03),
         bad=(
             *bad_eta("AdamW"),
             *bad_beta("AdamW"),
@@ -253,6 +323,7 @@ ROWS = (
         opt.Lion,
         (opt.Lion(), opt.Lion(0.1, (0.5, 0.0))),
         differentiable=False,
+        rates=(0.1, 0.001),
         bad=(*bad_eta("Lion"), *bad_beta("Lion")),
     ),
     Row(
@@ -456,6 +527,7 @@ ROWS = (
         complex=False,
         law="none",
         like_x=False,
+        rates=(1.0, 0.3),
         bad=(
             *bad_eta("Muon"),
             *bad_fraction("Muon", "mu"),
@@ -481,6 +553,7 @@ ROWS = (
         (opt.Apollo(), opt.Apollo(0.1, 2, 2, False, scale=4.0), opt.Apollo.mini(opt.AdamW(0.1, lambda_=0.1))),
         law="none",
         like_x=False,
+        rates=(0.3, 0.03),
         bad=(
             ({"opt": opt.Adam()}, RuleError, "Apollo: field 'opt' must be an AdamW or a learning rate; got Adam("),
             ({"rank": 0}, HyperParameterError, "Apollo: field 'rank' must be None, a whole number >= 1"),

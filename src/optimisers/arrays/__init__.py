@@ -8,8 +8,10 @@ from ._elementwise import absolute as absolute
 from ._elementwise import add_multiple as add_multiple
 from ._elementwise import alignment as alignment
 from ._elementwise import clip as clip
+from ._elementwise import exp as exp
 from ._elementwise import full_like as full_like
 from ._elementwise import interpolate as interpolate
+from ._elementwise import log as log
 from ._elementwise import maximum as maximum
 from ._elementwise import minimum as minimum
 from ._elementwise import sign as sign

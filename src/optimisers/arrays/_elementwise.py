@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _tape
 from ._kinds import Array, as_array, is_complex, is_number, kind, namespace
 from ._traced import Traced, extremum, filled, select, unary
 
@@ -59,6 +60,16 @@ def sqrt(x: Array) -> Array:
     return torch.sqrt(x)
 
 
+def exp(x: Array) -> Array:
+    """The exponential."""
+    return unary("exp", x) if isinstance(x, Traced) else _tape.exp(x) if is_number(x) else namespace(x).exp(x)
+
+
+def log(x: Array) -> Array:
+    """The natural logarithm."""
+    return unary("log", x) if isinstance(x, Traced) else _tape.log(x) if is_number(x) else namespace(x).log(x)
+
+
 def abs2(x: Array) -> Array:
     """The squared magnitude, real also for complex x."""
     if is_complex(x):
@@ -96,18 +107,20 @@ def where(condition: Array, a: Array, b: Array) -> Array:
 
 
 def maximum(a: Array, b: Array) -> Array:
-    """The larger one, elementwise; NaN if either is NaN. One of the two may be a Python number."""
+    """The larger one, elementwise; NaN if either is NaN. Both may be Python numbers."""
     return _extremum("maximum", "clamp_min", a, b)
 
 
 def minimum(a: Array, b: Array) -> Array:
-    """The smaller one, elementwise; NaN if either is NaN. One of the two may be a Python number."""
+    """The smaller one, elementwise; NaN if either is NaN. Both may be Python numbers."""
     return _extremum("minimum", "clamp_max", a, b)
 
 
 def _extremum(name: str, clamp: str, a: Array, b: Array) -> Array:
     if isinstance(a, Traced) or isinstance(b, Traced):
         return extremum(name[:3], a, b)
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return getattr(np, name)(a, b).item()  # a number as they are: NumPy's would widen what it meets
     if kind(a) is None and kind(b) is not None:
         a, b = b, a
     if kind(a) == "torch":

@@ -35,9 +35,26 @@ def _pow(a: Any, b: Any) -> Any:
     return math.pow(a, b)
 
 
+def exp(x: float) -> float:
+    """The exponential of a number, as loops compute it (NumPy's may differ in the last bit)."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def log(x: float) -> float:
+    """The natural logarithm of a number, as loops compute it; -inf for 0, NaN below."""
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+def _each(function: Callable[[float], float]) -> Callable[[Any], Any]:
+    return lambda x: np.array([function(value) for value in x]) if isinstance(x, np.ndarray) else function(x)
+
+
 _HOST_OPS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs, "pow": _pow,
-    "div": np.true_divide, "sqrt": np.sqrt, "exp": np.exp, "log": np.log, "tanh": np.tanh,
+    "div": np.true_divide, "sqrt": np.sqrt, "exp": _each(exp), "log": _each(log), "tanh": np.tanh,
     "max": np.maximum, "min": np.minimum, "sign": np.sign, "isnan": np.isnan, "isfinite": np.isfinite, **COMPARE,
     "and": np.logical_and, "or": np.logical_or, "not": np.logical_not, "where": np.where,
 }  # fmt: skip

@@ -116,9 +116,10 @@ def repowered(state: Any, betas: Betas) -> Any:
 
 
 def _repowered(state: Any, old: tuple[float, ...], new: tuple[float, ...]) -> Any:
-    if isinstance(state, tuple) and len(state) == len(old) and all(type(value) is float for value in state):
-        n = _common_exponent(state, old)
-        return state if n is None else tuple(b**n for b in new)
+    if isinstance(state, tuple) and 2 <= len(state) <= len(old) and all(type(value) is float for value in state):
+        first = old[: len(state)]  # a rule may keep no power of its last beta
+        n = _common_exponent(state, first)
+        return state if n is None else tuple(b**n for b in new[: len(state)])
     if isinstance(state, (tuple, list)):
         items = [_repowered(value, old, new) for value in state]
         return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)

@@ -8,11 +8,16 @@ from .adaptive.adagrad import AdaGrad as AdaGrad
 from .adaptive.adam import Adam as Adam
 from .adaptive.adamax import AdaMax as AdaMax
 from .adaptive.adamw import AdamW as AdamW
+from .adaptive.adan import Adan as Adan
+from .adaptive.ademamix import AdEMAMix as AdEMAMix
+from .adaptive.adopt import Adopt as Adopt
 from .adaptive.amsgrad import AMSGrad as AMSGrad
+from .adaptive.laprop import LaProp as LaProp
 from .adaptive.nadam import NAdam as NAdam
 from .adaptive.oadam import OAdam as OAdam
 from .adaptive.radam import RAdam as RAdam
 from .adaptive.rmsprop import RMSProp as RMSProp
+from .adaptive.yogi import Yogi as Yogi
 from .decay.signdecay import SignDecay as SignDecay
 from .decay.weightdecay import WeightDecay as WeightDecay
 from .descent.descent import Descent as Descent

@@ -1,0 +1,131 @@
+"""The library against trajectories recorded from other packages (tests/golden/README.md): which settings of ours are theirs.
+
+The table below is that of docs/conventions.md, which a test compares with it.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import optimisers as opt
+from golden_peers import recorded, sources
+from running import run
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "conventions.md"
+CLOSE = 1e-10
+"""How far a float64 trajectory may be off, relative to the greatest element."""
+NARROW = 1e-6
+"""The same where the source computes a number in float32."""
+
+
+class Ours(NamedTuple):
+    """The setting that gives what a source gives ("" if none does), how closely in float64, and what to know about it."""
+
+    rule: str
+    note: str = ""
+    within: float = CLOSE
+
+
+CONVENTIONS = {
+    "pytorch_optimizer==4.1.0 AdEMAMix(lr=0.01)": Ours("AdEMAMix(0.01)"),
+    "pytorch_optimizer==4.1.0 AdEMAMix(lr=0.02, betas=(0.8, 0.95, 0.99), alpha=2.0, weight_decay=0.1, weight_decouple=True, "
+    "t_alpha_beta3=8.0)": Ours("AdEMAMix(0.02, (0.8, 0.95, 0.99), 0.1, alpha=2.0, warmup=8)"),
+    "optax==0.2.8 contrib.ademamix(learning_rate=0.01)": Ours("AdEMAMix(0.01)"),
+    "pytorch_optimizer==4.1.0 Adan(lr=0.01)": Ours("Adan(0.01)"),
+    "pytorch_optimizer==4.1.0 Adan(lr=0.02, betas=(0.9, 0.8, 0.95), weight_decay=0.1)": Ours(
+        "Adan(0.02, (0.9, 0.8, 0.95), 0.1)"
+    ),
+    "timm==1.0.31 Adan(lr=0.01, weight_decay=0.05)": Ours("Adan(0.01, lambda_=0.05)"),
+    "optax==0.2.8 adan(learning_rate=0.01, weight_decay=0.02)": Ours(
+        "", "weighs differences by 1 - b2 where the paper has b2, and adds 1e-8 below the root; decays as proximal=False"
+    ),
+    "pytorch_optimizer==4.1.0 ADOPT(lr=0.01)": Ours("Adopt(0.01, slack=1)", "counts steps from 1"),
+    "pytorch_optimizer==4.1.0 ADOPT(lr=0.02, betas=(0.8, 0.99), weight_decay=0.1, weight_decouple=True)": Ours(
+        "OptimiserChain(Adopt(0.02, (0.8, 0.99), slack=1), WeightDecay(0.02 * 0.1))", "decays at the first gradient too"
+    ),
+    "timm==1.0.31 Adopt(lr=0.01, weight_decay=0.05, decoupled=True)": Ours("Adopt(0.01, lambda_=0.05, power=0.333)"),
+    "optax==0.2.8 contrib.adopt(learning_rate=0.01)": Ours("Adopt(0.01)"),
+    "pytorch_optimizer==4.1.0 LaProp(lr=0.01)": Ours("LaProp(0.01)", "adds 1e-15 below the root", 1e-9),
+    "timm==1.0.31 LaProp(lr=0.01, weight_decay=0.1)": Ours(
+        "LaProp(0.01 * 0.999, lambda_=0.1 / 0.999)", "decays what the step has reached; scalars in float32", NARROW
+    ),
+    "pytorch_optimizer==4.1.0 Yogi(lr=0.01)": Ours("Yogi(0.01)"),
+    "optax==0.2.8 yogi(learning_rate=0.01)": Ours("Yogi(0.01)"),
+}
+
+
+def tolerance(record, within):
+    """How far the elements of the parameter may be off, in the unit of the parameter.
+
+    In float32 each step rounds the parameter, and what it is made of some thirty times, on both sides.
+    """
+    largest = abs(record.xs).max()
+    if record.dtype == "float64":
+        return within * largest
+    moved = abs(np.diff(record.xs, axis=0, prepend=record.x0[None])).max(axis=tuple(range(1, record.xs.ndim))).sum()
+    return 2 * 2.0**-24 * (len(record.xs) * largest + 32 * moved) + (0 if within < NARROW else within * largest)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize(("method", "source"), sources())
+def test_recorded_trajectories(method, source, kind):
+    ours = CONVENTIONS[source]
+    if not ours.rule:
+        return
+    rule = eval(ours.rule, vars(opt))
+    for record in recorded(method)[source]:
+        error = abs(run(rule, record.x0, record.grads, kind) - record.xs).max()
+        assert error <= tolerance(record, ours.within), f"{record.dtype}, shape {record.x0.shape}"
+
+
+def line(source):
+    """The line of a source in the documentation's table."""
+    package, call = source.replace("==", " ").split(" ", 1)[0], source.split(" ", 1)[1]
+    version = source.split("==")[1].split(" ")[0].split("+")[0]
+    ours = CONVENTIONS[source]
+    return f"| {package} {version} | `{call}` | {f'`{ours.rule}`' if ours.rule else 'none'} | {ours.note} |"
+
+
+def test_the_page_says_so():
+    page = PAGE.read_text(encoding="utf-8")
+    missing = [line(source) for source in CONVENTIONS if line(source) not in page]
+    assert not missing, "docs/conventions.md lacks\n" + "\n".join(missing)
+
+
+def test_every_source_has_its_setting_and_every_setting_a_source():
+    assert {source for _, source in sources()} == CONVENTIONS.keys()
+
+
+# --- what no setting gives: that the differences named in the table are all there is ----------------------------------------
+
+
+def optax_adan(record, eta, lambda_):
+    """Adan as optax has it."""
+    x, m, d, n, last = record.x0, 0.0, 0.0, 0.0, record.grads[0]
+    for t, g in enumerate(record.grads, 1):
+        m = 0.98 * m + 0.02 * g
+        d = 0.92 * d + 0.08 * (g - last)
+        n = 0.99 * n + 0.01 * (g + (1 - 0.92) * (g - last)) ** 2
+        ahead = m / (1 - 0.98**t) + (1 - 0.92) * d / (1 - 0.92**t)
+        x = x - eta * (ahead / (np.sqrt(n / (1 - 0.99**t) + 1e-8) + 1e-8) + lambda_ * x)
+        last = g
+        yield x
+
+
+DEPARTURES = {
+    ("adan", "optax==0.2.8 adan(learning_rate=0.01, weight_decay=0.02)"): lambda record: optax_adan(record, 0.01, 0.02),
+}
+
+
+@pytest.mark.parametrize(("method", "source"), DEPARTURES)
+def test_departures_are_as_named(method, source):
+    for record in recorded(method)[source]:
+        if record.dtype == "float64":
+            theirs = np.array(list(DEPARTURES[method, source](record)))
+            assert abs(theirs - record.xs).max() <= CLOSE * abs(record.xs).max()
+
+
+def test_every_source_without_a_setting_is_a_departure():
+    assert {source for source, ours in CONVENTIONS.items() if not ours.rule} == {source for _, source in DEPARTURES}
