@@ -17,7 +17,7 @@ import optimisers as opt
 from optimisers.arrays import copied, kind
 from optimisers.engine.eager import layout, packed
 from optimisers.engine.groups import states as held
-from optimisers.engine.kernels import numpy_blocks as blocks
+from optimisers.engine.kernels.numpy import blocks
 from optimisers.engine.tracks.single import Job, step
 from optimisers.errors import NonFiniteError
 from optimisers.rules._base import walk
@@ -145,10 +145,10 @@ def test_without_a_compiler_parameters_are_held_by_group(without_compiler):
 
 
 def test_blocks_on_threads(without_compiler, monkeypatch):
-    from optimisers.engine.kernels.c import loops
+    from optimisers.engine.kernels import threads
 
-    monkeypatch.setattr(loops, "_ALONE", 16)
-    monkeypatch.setattr(loops, "threads", lambda: 3)
+    monkeypatch.setattr(threads, "_ALONE", 16)
+    monkeypatch.setattr(threads, "threads", lambda: 3)
     model, grads = problem("numpy", "float32", shapes=((5000,), (3,), (4,), (100, 70)), absent=False)
     rule = opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW())
     assert_same(run(rule, model, grads, opt.update_), by_itself(rule, model, grads), exact=False, dtype="float32")

@@ -1,37 +1,61 @@
-"""Autograd around a step: when the new parameters carry a graph, and what they are when they do not."""
+"""Autograd around a step: when what comes out carries a graph, and what it is when it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-
-from ..arrays import kind
-from ..arrays._torch import is_transformed
+from ..arrays import is_recording, kind, torch_if_loaded
 from ..rules._base import AbstractRule, walk
 from ..rules._precision import state_leaves
-from .tracks.single import Job
+from ..tree.entry import Entry
 
 
-def wants_graph(jobs: Iterable[Job]) -> bool:
-    """Whether the outputs depend on something that requires grad, other than the parameters themselves.
+def is_ordinary() -> bool:
+    """Whether arrays are what they seem: no transform, trace or dispatch mode looks on."""
+    if torch_if_loaded() is None:
+        return True
+    if is_recording():
+        return False
+    from ..arrays import _torch
+
+    return _torch.is_ordinary()
+
+
+def is_eager() -> bool:
+    """Whether tensors are computed at once: in no trace and no transform. Dispatch modes see what is done to all."""
+    if torch_if_loaded() is None:
+        return False
+    from ..arrays import _torch
+
+    return _torch.is_eager()
+
+
+def wants_graph(entries: Iterable[tuple[Entry, Any, Any]]) -> bool:
+    """Whether new states or parameters depend on something that requires grad, other than the parameters themselves.
 
     A parameter alone does not count, so that a plain training loop never chains graphs. Inside a ``torch.func`` transform
     everything counts: there nothing can be left behind.
+
+    Args:
+        entries: what the state keeps for an array, the parameter, and its gradient, or None for no step.
+
     """
+    from ..arrays._torch import is_transformed
+
+    torch: Any = torch_if_loaded()
     enabled = torch.is_grad_enabled()
     rules: set[int] = set()
-    for job in jobs:
-        if kind(job.x) != "torch":
+    for entry, x, dx in entries:
+        if dx is None or entry.rule is None or kind(x) != "torch":
             continue
-        if is_transformed(job.x) or is_transformed(job.dx):
+        if is_transformed(x) or is_transformed(dx):
             return True
-        values = [job.dx, *state_leaves(job.state)]
-        if id(job.rule) not in rules:
-            rules.add(id(job.rule))
-            values += _tensor_fields(job.rule)
+        values = [dx, *state_leaves(entry.state)]
+        if id(entry.rule) not in rules:
+            rules.add(id(entry.rule))
+            values += _tensor_fields(entry.rule)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if any(is_transformed(t) or (enabled and t.requires_grad) for t in tensors):
             return True
@@ -46,13 +70,20 @@ def _tensor_fields(rule: AbstractRule) -> list[Any]:
     return found
 
 
+def requires_grad(arrays: Sequence[Any]) -> bool:
+    """Whether any of these arrays does, which may be None."""
+    return any(getattr(x, "requires_grad", False) for x in arrays if x is not None)
+
+
 def mode(*, graph: bool) -> AbstractContextManager[Any]:
     """The context in which to step: as the caller has it if a graph is wanted, else without grad."""
-    return nullcontext() if graph else torch.no_grad()
+    torch = torch_if_loaded()
+    return nullcontext() if graph or torch is None else torch.no_grad()
 
 
 def as_parameter(new: Any, old: Any) -> Any:
     """A new value as a leaf of old's class and ``requires_grad``; NumPy arrays as they are."""
+    torch: Any = torch_if_loaded()
     if type(new) is torch.Tensor is type(old) and not (new.requires_grad or old.requires_grad):
         return new
     if not isinstance(new, torch.Tensor):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..arrays import Array, can_read, cast_to, dtype_name, norm, without_autocast, working_dtype
-from ..engine.tracks.single import Job, read_all, step
-from ..engine.tree_step import jobs_of
+from ..engine.tracks.checks import read_all
+from ..engine.tracks.single import Job, jobs_of, step
 from ..errors import ArgumentError, described
 from ..rules import ClipGrad
 from ..rules._base import AbstractRule, CompositeRule, Stages, State

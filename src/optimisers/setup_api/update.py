@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded, without_autocast
 from ..engine.groups.states import Held
-from ..engine.tree_step import advance
+from ..engine.tree_step import Given, step_tree
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
 from ..tree.entry import device_of
@@ -58,7 +58,7 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
 def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
     work = prepare(state, model, grads)
     with without_autocast():
-        stepped = advance(state, work.xs, work.dxs, work.regular, in_place=False, differentiable=differentiable)
+        stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
     leaves = list(work.leaves)
     held, slots = stepped.state._held, state._slots
     if isinstance(held, Held) and held.single and not stepped.graph and _are_plain(work.xs):
@@ -90,7 +90,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module)
     with no_grad(), without_autocast():
-        stepped = advance(state, work.xs, work.dxs, work.regular, in_place=True)
+        stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
         leaves = list(work.leaves)
         replaced = False
         values = stepped.values
@@ -118,7 +118,7 @@ class Work(NamedTuple):
     """For each slot the parameter."""
     dxs: list[Any]
     """For each slot the gradient, None if it is not to be stepped."""
-    regular: list[bool]
+    admitted: list[bool]
     """For each group that the state holds whether its arrays are as they were when it was made."""
 
 
@@ -145,14 +145,14 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     for i in held.idle:
         dxs[i] = None
     _check(state, held.apart, xs, dxs, given)
-    regular = []
+    admitted = []
     for generation in held.generations:
         group = generation.group
         alike = group.admits([xs[i] for i in group.slots], [dxs[i] for i in group.slots])
-        regular.append(alike)
+        admitted.append(alike)
         if not alike:
             _check(state, group.slots, xs, dxs, given)
-    return Work(leaves, xs, dxs, regular)
+    return Work(leaves, xs, dxs, admitted)
 
 
 def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any]) -> None:

@@ -22,7 +22,9 @@ from ..groups.group import Group, hyper_of, inner
 from ..groups.track import Missed, waits
 from ..groups.variant import Variant
 from ..memory.strides import is_dense
-from ..tracks.single import Job, Outcome, Request, Track, beside
+from ..tracks.checks import Checked
+from ..tracks.scheduler import Request, Track, beside
+from ..tracks.single import Job, Outcome
 from .layout import flat
 from .script import Run, Script
 
@@ -264,9 +266,9 @@ class Packed(Track):
             if any(evaluated(node, inputs) != value for node, value in ahead):
                 raise Missed
 
-    def to_read(self) -> list[tuple[list[tuple[str, Any]], list[Any]]]:
+    def to_check(self) -> list[Checked]:
         return [
-            ([(job.path, inner(rule, at.where)) for job, rule in zip(self.jobs, self.rules, strict=True)], values)
+            Checked([(job.path, inner(rule, at.where)) for job, rule in zip(self.jobs, self.rules, strict=True)], values)
             for at, values in self._checked
         ]
 

@@ -14,7 +14,8 @@ from ..kernels.cuda.source import Kernel, measure_name
 from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector
-from ..tracks.single import Request
+from ..tracks.checks import Checked
+from ..tracks.scheduler import Request
 from .group import inner
 from .track import GroupTrack
 
@@ -123,13 +124,13 @@ class DeviceTrack(GroupTrack):
             if getattr(value, "data_ptr", int)() != place.data_ptr():
                 place.copy_(value) if hasattr(value, "data_ptr") else place.fill_(float(value))
 
-    def finite_checks(self) -> list[str]:
+    def faults(self) -> list[str]:
         return []
 
-    def to_read(self) -> list[tuple[list[tuple[str, Any]], list[Any]]]:
+    def to_check(self) -> list[Checked]:
         members = self.members.tolist()
         return [
-            ([(self.group.paths[i], inner(self.group.rules[i], boundary.where)) for i in members], values)
+            Checked([(self.group.paths[i], inner(self.group.rules[i], boundary.where)) for i in members], values)
             for boundary, values in self._checked
         ]
 

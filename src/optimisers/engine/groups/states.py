@@ -234,6 +234,11 @@ def idle_slots(heads: Sequence[Entry]) -> list[int]:
     return [i for i, head in enumerate(heads) if head.frozen or head.rule is None]
 
 
+def ungrouped(entries: Sequence[Entry], lineage: Lineage, slots_of: Sequence[Slot]) -> Held:
+    """The states of entries, none of them in a group."""
+    return Held([], [None] * len(entries), lineage, Lease(), idle_slots(entries), slots_of, pending=False)
+
+
 def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots_of: Sequence[Slot]) -> Held:
     """The states of entries by group, as far as loops can be made for them and are worth it.
 

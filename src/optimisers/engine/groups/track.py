@@ -16,7 +16,7 @@ from ..graph.program import Boundary, Program, Transform
 from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype
-from ..tracks.single import Request, Track
+from ..tracks.scheduler import Request, Track
 from .group import Columns, Group, Stack, holding, inner
 from .variant import Variant
 
@@ -189,7 +189,7 @@ class GroupTrack(Track):
             if any((value != expected).any() for value, (_, expected) in zip(found, known, strict=True)):
                 raise Missed
 
-    def finite_checks(self) -> list[str]:
+    def faults(self) -> list[str]:
         faults = []
         for boundary, values in self._checked:
             rule: Any = inner(self.rule, boundary.where)

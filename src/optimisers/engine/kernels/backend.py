@@ -11,7 +11,7 @@ from ..graph.program import Program
 from .c import compiler
 from .c.loops import Loops
 from .c.source import source
-from .numpy_blocks import Blocks
+from .numpy.blocks import Blocks
 from .work import Table
 
 Vector = np.ndarray[Any, Any]

@@ -1,24 +1,21 @@
-"""One step of many arrays, each by its own rule: measures are combined where rules ask for it, faults found at the end.
-
-Nothing is written: the caller is given new states and new parameters, and nothing at all if a check fails.
-"""
+"""One array, stepped by the rule itself, and what a state keeps of it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import as_array, can_read, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
-from ...errors import NonFiniteError, RuleError, described, locating
-from ...rules._base import AbstractRule, Assign, Measurement, MeasuringRule, Stages, Together, Whole, walk
+from ...arrays import as_array, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
+from ...errors import RuleError, described, locating
+from ...rules._base import AbstractRule, Assign, Stages, Together, Whole
 from ...rules._precision import in_working_precision, map_state, state_leaves
-from .stacks import answers
+from ...tree.entry import Entry, Lease, host_state, numbers_in
+from ...tree.state import StateTree
+from .checks import Checked
+from .scheduler import Request, Track, beside, run
 
 
 class Job(NamedTuple):
@@ -38,38 +35,16 @@ class Outcome(NamedTuple):
     x: Any
 
 
-class Request(NamedTuple):
-    """A measure of one array or of many, to be combined over a scope."""
-
-    rule: MeasuringRule
-    values: Iterable[tuple[Any, ...]]
-
-
-class Track(ABC):
-    """One array, or a group of them, on the way through its rule. It stops wherever others have to come so far."""
-
-    rule: AbstractRule
-    passed: Counter[str]
-
-    @abstractmethod
-    def advance(self, answer: Any) -> Request | Together | None:
-        """Go on, with the answer to what was asked for last: a combined measure, or a (new state, step). None at the end."""
-
-    @abstractmethod
-    def paths(self) -> list[str]:
-        """The arrays on this track, for errors."""
-
-    def combined(self, request: Request) -> tuple[Any, ...] | None:  # noqa: ARG002 (of those who can)
-        """The measures of all its arrays as one, if it can combine them itself; asked if no others are in the scope."""
-        return None
-
-    def finite_checks(self) -> list[str]:
-        """Faults that can be told without reading anything from a device."""
-        return []
-
-    def to_read(self) -> list[tuple[list[tuple[str, Any]], list[Any]]]:
-        """Measures that are to be checked: (path and rule of each array, for each number of the measure a vector of them)."""
-        return []
+def jobs_of(
+    tree: StateTree, entries: Sequence[Entry], xs: Sequence[Any], dxs: Sequence[Any], slots: Sequence[int]
+) -> dict[int, Job]:
+    """A job for each of these slots that has a gradient."""
+    jobs = {}
+    for i in slots:
+        rule = entries[i].rule
+        if dxs[i] is not None and rule is not None:
+            jobs[i] = Job(tree._slots[i].path or "(the array)", rule, host_state(entries[i]), xs[i], dxs[i])
+    return jobs
 
 
 class Single(Track):
@@ -78,7 +53,7 @@ class Single(Track):
     def __init__(self, job: Job) -> None:
         self.job, self.rule = job, job.rule
         self.passed = Counter()
-        self.checks: list[Measurement] = []
+        self._checked: list[Checked] = []
         self.result: Any = None
         self._measures = False
         self._stages: Stages = in_working_precision(job.rule, job.state, job.x, job.dx)
@@ -100,7 +75,7 @@ class Single(Track):
                         request = self._stages.send(request.rule.transform(request.array))
                         continue
                     if request.rule.checks:
-                        self.checks.append(request)
+                        self._checked.append(Checked([(self.job.path, request.rule)], request.value))
                     if request.rule.scope is not None:
                         self._measures = True
                         return Request(request.rule, [request.value])
@@ -108,6 +83,9 @@ class Single(Track):
         except StopIteration as stop:
             self.result = stop.value
             return None
+
+    def to_check(self) -> list[Checked]:
+        return self._checked
 
     def outcome(self) -> Outcome:
         """The result, checked."""
@@ -121,126 +99,9 @@ def step(jobs: Sequence[Job]) -> list[Outcome]:
     all of them), and RuleError if a rule returns what it must not.
     """
     tracks = [Single(job) for job in jobs]
-    with quiet(jobs):
+    with np.errstate(all="ignore"):  # overflow and division by zero give inf and NaN, as in torch
         run(tracks)
         return [track.outcome() for track in tracks]
-
-
-def quiet(jobs: Sequence[Job]) -> AbstractContextManager[Any]:
-    """NumPy without warnings: overflow and division by zero give inf and NaN, as in torch."""
-    return np.errstate(all="ignore") if any(isinstance(job.x, np.ndarray) for job in jobs) else nullcontext()
-
-
-def run(tracks: Sequence[Track]) -> None:
-    """Take all tracks to their end, side by side; NonFiniteError if a check finds a fault. Nothing is written."""
-    waiting: dict[int, Request] = {}
-    stackable: dict[int, Together] = {}
-
-    def advance(i: int, answer: Any) -> None:
-        request = tracks[i].advance(answer)
-        if isinstance(request, Together):
-            stackable[i] = request
-        elif request is not None:
-            waiting[i] = request
-
-    for i in range(len(tracks)):
-        advance(i, None)
-    while waiting or stackable:
-        if stackable:
-            asked, stackable = stackable, {}
-            found = answers(list(asked.values()), [tracks[i].paths()[0] for i in asked])
-            for i, answer in zip(asked, found, strict=True):
-                advance(i, answer)
-            continue
-        scope = _next_scope(tracks, waiting)
-        members = [i for i, request in waiting.items() if request.rule.scope == scope]
-        requests = [waiting.pop(i) for i in members]
-        combined = tracks[members[0]].combined(requests[0]) if len(members) == 1 else None
-        if combined is None:
-            combined = requests[0].rule.combine(_on_one_device([value for request in requests for value in request.values]))
-        for i in members:
-            tracks[i].passed[scope] += 1
-            advance(i, combined)
-    _check(tracks)
-
-
-def _next_scope(tracks: Sequence[Track], waiting: dict[int, Request]) -> str:
-    """A scope that no waiting array will come to later: then all its members are here."""
-    held = {id(rule): _scopes(rule) for rule in {id(track.rule): track.rule for track in tracks}.values()}
-    ahead = {i: held[id(tracks[i].rule)] - tracks[i].passed for i in waiting}
-    present = {i: str(request.rule.scope) for i, request in waiting.items()}
-    for scope in present.values():
-        if all(present[i] == scope or ahead[i][scope] == 0 for i in waiting):
-            return scope
-    paths = ", ".join(repr(tracks[i].paths()[0]) for i in list(waiting)[:4])
-    scopes = " and ".join(sorted(set(present.values())))
-    msg = f"the chains of {paths} hold {scopes} in opposite orders, so none can be measured first; use one order in all"
-    raise RuleError(msg)
-
-
-def _check(tracks: Sequence[Track]) -> None:
-    singles = [track for track in tracks if isinstance(track, Single)]
-    checks = [(t.job.path, r) for t in singles for r in t.checks if all(can_read(value) for value in r.value)]
-    faults = [fault for track in tracks for fault in track.finite_checks()]
-    vectors = [(at, values) for track in tracks for at, values in track.to_read() if all(map(can_read, values))]
-    if not (checks or faults or vectors):
-        return
-    measures = [*(r.value for _, r in checks), *(tuple(v for v in values) for _, values in vectors)]
-    read = iter(_numbers([value for measure in measures for value in measure]))
-    found = [(path, r.rule, tuple(next(read)[0] for _ in r.value)) for path, r in checks]
-    for at, values in vectors:
-        rows = zip(*(next(read) for _ in values), strict=True)
-        found += [(path, rule, row) for (path, rule), row in zip(at, rows, strict=True)]
-    for path, rule, numbers in found:
-        fault = rule.fault(numbers)
-        if fault is not None:
-            faults.append(f"{type(rule).__name__} at {path!r}: {fault}")
-    if faults:
-        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        advice = "Nothing was changed. Look at these gradients, skip the step, or set throw=False to let them through"
-        raise NonFiniteError("\n".join(faults[:5]) + more + f"\n{advice}")
-
-
-def _scopes(rule: AbstractRule) -> Counter[str]:
-    return Counter(r.scope for r in walk(rule) if isinstance(r, MeasuringRule) and r.scope is not None)
-
-
-def _on_one_device(measures: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    first = next((value for measure in measures for value in measure if kind(value) == "torch"), None)
-    if first is None:
-        return measures
-    return [tuple(v.to(first.device) if kind(v) == "torch" else v for v in measure) for measure in measures]
-
-
-def beside(measure: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
-    """A combined measure as a rule for x computes with it."""
-    if kind(x) != "torch":
-        return tuple(v.item() if kind(v) == "torch" else v for v in measure)  # a tree of both kinds
-    return tuple(v.to(x.device) if kind(v) == "torch" else v for v in measure)
-
-
-def read_all(measures: Sequence[tuple[Any, ...]]) -> list[tuple[float, ...]]:
-    """The measures as Python floats, with one synchronisation for each device."""
-    read = iter(_numbers([value for measure in measures for value in measure]))
-    return [tuple(next(read)[0] for _ in measure) for measure in measures]
-
-
-def _numbers(values: Sequence[Any]) -> list[list[float]]:
-    """The numbers in each of many numbers and vectors, with one synchronisation for each device."""
-    by_device: defaultdict[Any, list[int]] = defaultdict(list)
-    read = [[] if kind(value) == "torch" else [float(value)] for value in values]
-    for i, value in enumerate(values):
-        if kind(value) == "torch":
-            by_device[value.device].append(i)
-    for chosen in by_device.values():
-        import torch
-
-        joined = torch.cat([values[i].detach().to(torch.float64).reshape(-1) for i in chosen])
-        # A subclass that wraps other tensors has no list of its numbers, only one after another.
-        numbers = iter(joined.tolist() if type(joined) is torch.Tensor else [number.item() for number in joined])
-        for i in chosen:
-            read[i] = list(islice(numbers, values[i].numel()))
-    return read
 
 
 def _outcome(job: Job, state: Any, dx: Any) -> Outcome:
@@ -304,3 +165,23 @@ def _laid_out(new: Any, x: Any) -> Any:
         out[...] = new
         return out
     return new
+
+
+# --- what is kept ---
+
+
+def entry_after(entry: Entry, outcome: Outcome | None, lease: Lease, *, consume: bool) -> Entry:
+    """The entry after a step; what was not stepped still shares its arrays with the old state, unless that is consumed."""
+    if outcome is None:
+        return entry.replace(lease=lease) if consume else entry
+    numbers = numbers_in(outcome.state)
+    state = outcome.state if consume else _unshared(outcome.state, entry.state)
+    return entry.replace(state=state, numbers=entry.numbers if len(numbers) == len(entry.numbers) else numbers, lease=lease)
+
+
+def _unshared(state: Any, old: Any) -> Any:
+    """A new state without the arrays of the old one: a step in place may write to it later, and the old one is to stay."""
+    given = {id(leaf) for leaf in state_leaves(old) if kind(leaf)}
+    if given.isdisjoint(map(id, state_leaves(state))):
+        return state
+    return map_state(lambda leaf: copied(leaf) if id(leaf) in given else leaf, state)

@@ -1,0 +1,1 @@
+"""Programs run by NumPy on the host, where nothing is compiled."""
