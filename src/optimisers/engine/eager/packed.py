@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number, working_dtype
+from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number
 from ...rules._precision import state_leaves, usable_in_float16
 from ..graph.program import Boundary, Part
 from ..graph.trace import filled, nesting, structure_of_rule
@@ -121,13 +121,13 @@ def _strides(x: torch.Tensor) -> Any:
 
 
 class Bucket(Group):
-    """Parameters that one kind of rule steps, on one device, described as a `Group` is: half precision as float32."""
+    """Parameters that one kind of rule steps, on one device, described as a `Group` is: float16 as float32."""
 
     def __init__(self, key: Any, jobs: Sequence[Job]) -> None:
-        structure, nested, form, dtype, _, _ = key
-        wide = tuple(Part(part.form, working_dtype(part.dtype) if part.form == "array" else part.dtype) for part in form)
-        self.kept, self.form = form, wide
-        self.structure, self.nesting, self.dtype, self.library = structure, nested, working_dtype(dtype), "torch"
+        structure, nested, form, dtype, dx_dtype, _ = key
+        wide = tuple(Part(part.form, _traceable(part.dtype)) for part in form)
+        self.form, self.dx_dtype = wide, _traceable(dx_dtype)
+        self.structure, self.nesting, self.dtype, self.library = structure, nested, _traceable(dtype), "torch"
         self.device = None
         self.key = structure, nested, wide, self.dtype, "torch", None
         low = any(part.dtype == "float16" for part in form)
@@ -142,13 +142,17 @@ class Bucket(Group):
         self.scalars = []
 
 
+def _traceable(dtype: str) -> str:
+    return "float32" if dtype == "float16" else dtype
+
+
 def _tracks(key: Any, items: list[Item], *, in_place: bool) -> Iterator[Packed]:
     """Tracks that cover these jobs."""
     group = Bucket(key, [item.job for item in items])
     scalars = frozenset(f"c{i}" for i in group.numbers if group.form[i].form == "scalar")
     read = [(i, f"c{i}" in scalars) for i in group.numbers]
     counters = np.array([[0.0 if far else float(item.leaves[i]) for i, far in read] for item in items])
-    parts = group.partition(np.arange(len(items)), counters.reshape(len(items), -1), group.dtype)
+    parts = group.partition(np.arange(len(items)), counters.reshape(len(items), -1), group.dx_dtype)
     scripts = [_script(variant, scalars) for variant, _, _ in parts]
     for (_, members, matrix), script in zip(parts, scripts, strict=True):
         for chosen in _portions(members, group.sizes):

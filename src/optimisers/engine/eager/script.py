@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...arrays import Tape, Traced, maximum, minimum, sign
+from ...arrays import HOST, Tape, Traced, maximum, minimum, sign
 from ..graph.program import MEASURED, SUMS, Program
 from .layout import Layout, layout
 
@@ -202,6 +202,6 @@ class Run:
 
 def _dtype(node: Traced) -> torch.dtype:
     """The dtype of a value on the device; Python numbers are kept as they are, in double precision."""
-    if node.dtype == "bool":
-        return torch.bool
-    return torch.float32 if node.dtype == "float32" else torch.float64
+    name = "float64" if node.dtype in {HOST, "int"} else node.dtype
+    found: torch.dtype = getattr(torch, name)
+    return found
