@@ -377,6 +377,51 @@ ROWS = (
         ),
     ),
     Row(
+        "GrokFast",
+        opt.GrokFast,
+        (opt.GrokFast(), opt.GrokFast(0.5, 0.1), opt.GrokFast(0.0)),
+        bad=(
+            *bad_lambda("GrokFast"),
+            ({"alpha": 1.0}, HyperParameterError, "GrokFast: field 'alpha' must be in [0, 1); got 1.0"),
+        ),
+    ),
+    Row("Centralise", opt.Centralise, (opt.Centralise(),), law="stackable", stacked=lambda rule: rule.stacked()),
+    Row(
+        "GradientNoise",
+        opt.GradientNoise,
+        (opt.GradientNoise(), opt.GradientNoise(0.5, 0.0, 3)),
+        complex=False,
+        law="none",
+        bad=(
+            ({"variance": -1}, HyperParameterError, "GradientNoise: field 'variance' must be a finite number >= 0; got -1"),
+            ({"seed": 0.5}, HyperParameterError, "GradientNoise: field 'seed' must be a whole number >= 0; got 0.5"),
+        ),
+    ),
+    Row("Sign", opt.Sign, (opt.Sign(),), differentiable=False, bad=(({"eta": 0.1}, UnknownFieldError, "Sign has no field 'eta'"),)),
+    Row(
+        "TrustRatio",
+        opt.TrustRatio,
+        (opt.TrustRatio(0.01), opt.TrustRatio(0.1, 1e-6, 1.0)),  # with 1 a step is as long as the parameter
+        law="measured",
+        bad=(
+            *bad_epsilon("TrustRatio"),
+            *bad_positive("TrustRatio", "coefficient"),
+            ({"most": 0}, HyperParameterError, "TrustRatio: field 'most' must be a number > 0; got 0"),
+        ),
+    ),
+    Row("ClipRMS", opt.ClipRMS, (opt.ClipRMS(), opt.ClipRMS(0.1)), law="measured", bad=bad_positive("ClipRMS", "tau")),
+    Row(
+        "AdaptiveClip",
+        opt.AdaptiveClip,
+        (opt.AdaptiveClip(), opt.AdaptiveClip(0.5, 1e-2, "in_out")),
+        law="stackable",
+        stacked=lambda rule: rule.stacked(),
+        bad=(
+            *bad_positive("AdaptiveClip", "clipping"),
+            ({"layout": "oi"}, HyperParameterError, "AdaptiveClip: field 'layout' must be one of 'out_in', 'in_out'"),
+        ),
+    ),
+    Row(
         "AccumGrad",
         opt.AccumGrad,
         (opt.AccumGrad(2), opt.AccumGrad(1), opt.AccumGrad(n=3)),

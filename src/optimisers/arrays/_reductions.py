@@ -67,8 +67,8 @@ def count_nonfinite(x: Array) -> Array:
     return sys.modules["torch"].count_nonzero(x - x)  # 0 or NaN; several times faster than isfinite on a CPU
 
 
-def sum_over(x: Array, axis: int | None) -> Array:
-    """The sum over one axis, kept as length 1, or over all (0-d)."""
+def sum_over(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """The sum over one or several axes, kept as length 1, or over all (0-d)."""
     if axis is None:
         return x.sum()
     return x.sum(axis=axis, keepdims=True) if isinstance(x, np.ndarray) else x.sum(dim=axis, keepdim=True)

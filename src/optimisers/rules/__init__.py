@@ -24,13 +24,19 @@ from .descent.descent import Descent as Descent
 from .descent.momentum import Momentum as Momentum
 from .descent.nesterov import Nesterov as Nesterov
 from .gradients.accumgrad import AccumGrad as AccumGrad
+from .gradients.centralise import Centralise as Centralise
+from .gradients.gradientnoise import GradientNoise as GradientNoise
+from .gradients.grokfast import GrokFast as GrokFast
 from .gradients.skipnonfinite import SkipNonFinite as SkipNonFinite
+from .limits.adaptiveclip import AdaptiveClip as AdaptiveClip
 from .limits.adaptivegradnormcontrol import AdaptiveGradNormControl as AdaptiveGradNormControl
 from .limits.clipglobalnorm import ClipGlobalNorm as ClipGlobalNorm
 from .limits.clipgrad import ClipGrad as ClipGrad
 from .limits.clipnorm import ClipNorm as ClipNorm
+from .limits.cliprms import ClipRMS as ClipRMS
 from .limits.gradnormcontrol import GradNormControl as GradNormControl
 from .limits.normgrowthcap import NormGrowthCap as NormGrowthCap
+from .limits.trustratio import TrustRatio as TrustRatio
 from .matrices.apollo import Apollo as Apollo
 from .matrices.matrix_step import Orthogonalise as Orthogonalise
 from .matrices.muon import Muon as Muon
@@ -38,6 +44,7 @@ from .matrices.newtonschulz import NewtonSchulz as NewtonSchulz
 from .matrices.newtonschulz import orthogonalise as orthogonalise
 from .sign.lion import Lion as Lion
 from .sign.rprop import Rprop as Rprop
+from .sign.sign import Sign as Sign
 from .wrappers.averaged import Averaged as Averaged
 from .wrappers.cautious import Cautious as Cautious
 from .wrappers.chain import OptimiserChain as OptimiserChain
