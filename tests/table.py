@@ -397,7 +397,13 @@ ROWS = (
             ({"seed": 0.5}, HyperParameterError, "GradientNoise: field 'seed' must be a whole number >= 0; got 0.5"),
         ),
     ),
-    Row("Sign", opt.Sign, (opt.Sign(),), differentiable=False, bad=(({"eta": 0.1}, UnknownFieldError, "Sign has no field 'eta'"),)),
+    Row(
+        "Sign",
+        opt.Sign,
+        (opt.Sign(),),
+        differentiable=False,
+        bad=(({"eta": 0.1}, UnknownFieldError, "Sign has no field 'eta'"),),
+    ),
     Row(
         "TrustRatio",
         opt.TrustRatio,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import optimisers as opt
+from golden_data import made, numpy_of
 from golden_peers import recorded, sources
 from running import run
 
@@ -53,6 +54,43 @@ CONVENTIONS = {
     ),
     "pytorch_optimizer==4.1.0 Yogi(lr=0.01)": Ours("Yogi(0.01)"),
     "optax==0.2.8 yogi(learning_rate=0.01)": Ours("Yogi(0.01)"),
+    "schedulefree==1.4.1 SGDScheduleFree(lr=0.1)": Ours("ScheduleFree(Descent(0.1))"),
+    "schedulefree==1.4.1 SGDScheduleFree(lr=0.2, momentum=0.8, weight_decay=0.01, warmup_steps=4)": Ours(
+        "ScheduleFree(OptimiserChain(WeightDecay(0.01), Descent(0.2)), 0.8, warmup=4)"
+    ),
+    "schedulefree==1.4.1 AdamWScheduleFree(lr=0.01)": Ours("ScheduleFree(AdamW(0.01, (0.0, 0.999)))"),
+    "schedulefree==1.4.1 AdamWScheduleFree(lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, warmup_steps=4)": Ours(
+        "ScheduleFree(AdamW(0.02, (0.0, 0.95), 0.1), 0.8, warmup=4)"
+    ),
+    "schedulefree==1.4.1 RAdamScheduleFree(lr=0.01)": Ours("ScheduleFree(RAdam(0.01, (0.0, 0.999)))"),
+    "timm==1.0.31 AdamWLegacy(lr=0.01, weight_decay=0.0, caution=True)": Ours("Cautious(AdamW(0.01))"),
+    "timm==1.0.31 AdamWLegacy(lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, caution=True)": Ours(
+        "Cautious(AdamW(0.02, (0.8, 0.95), 0.1))"
+    ),
+    "timm==1.0.31 Lion(lr=0.01, caution=True)": Ours("Cautious(Lion(0.01))"),
+    "timm==1.0.31 Lion(lr=0.002, betas=(0.8, 0.95), weight_decay=0.1, caution=True)": Ours(
+        "Cautious(OptimiserChain(Lion(0.002, (0.8, 0.95)), WeightDecay(0.002 * 0.1)))"
+    ),
+    "pytorch_optimizer==4.1.0 LookaheadAdamW(k=5, alpha=0.5, lr=0.01, weight_decay=0.0)": Ours("Lookahead(AdamW(0.01))"),
+    "pytorch_optimizer==4.1.0 LookaheadAdamW(k=3, alpha=0.8, lr=0.02, weight_decay=0.1)": Ours(
+        "Lookahead(AdamW(0.02, lambda_=0.1), 3, 0.8)"
+    ),
+    "pytorch_optimizer==4.1.0 GrokFastAdamW(lr=0.01)": Ours(
+        "OptimiserChain(GrokFast(), AdamW(0.01 / 3, (0.9, 0.99), epsilon=0.0))",
+        "divides the learning rate by 1 + lambda; the larger of root and epsilon, not their sum",
+    ),
+    "pytorch_optimizer==4.1.0 GrokFastAdamW(lr=0.02, grokfast_alpha=0.9, grokfast_lamb=1.0, weight_decay=0.1)": Ours(
+        "OptimiserChain(GrokFast(0.9, 1.0), AdamW(0.01, (0.9, 0.99), 0.1, 0.0))",
+        "divides the learning rate by 1 + lambda; the larger of root and epsilon, not their sum",
+    ),
+    "optax==0.2.8 chain(adaptive_grad_clip(0.01), sgd(0.1))(clipping=0.01, lr=0.1)": Ours(
+        'OptimiserChain(AdaptiveClip(0.01, layout="in_out"), Descent(0.1))'
+    ),
+    "optax==0.2.8 chain(centralize(), sgd(0.1))(lr=0.1)": Ours("OptimiserChain(Centralise(), Descent(0.1))"),
+    "pytorch_optimizer==4.1.0 SignSGD(lr=0.01)": Ours(
+        "OptimiserChain(Momentum(1.0), Sign(), Descent(0.01))", "the sign of the momentum"
+    ),
+    "pytorch_optimizer==4.1.0 SignSGD(lr=0.02, momentum=0.0)": Ours("OptimiserChain(Sign(), Descent(0.02))"),
 }
 
 
@@ -78,6 +116,18 @@ def test_recorded_trajectories(method, source, kind):
     for record in recorded(method)[source]:
         error = abs(run(rule, record.x0, record.grads, kind) - record.xs).max()
         assert error <= tolerance(record, ours.within), f"{record.dtype}, shape {record.x0.shape}"
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize(("method", "source"), [each for each in sources() if "ScheduleFree(" in each[1]])
+def test_recorded_averages(method, source, kind):
+    rule = eval(CONVENTIONS[source].rule, vars(opt))
+    for record in recorded(method)[source]:
+        x = made(record.x0, kind)
+        state = opt.setup(rule, x)
+        for grad, average in zip(record.grads, record.averaged, strict=True):
+            state, x = opt.update(state, x, made(grad, kind))
+            assert abs(numpy_of(opt.averaged(state, x)) - average).max() <= tolerance(record, CLOSE)
 
 
 def line(source):
