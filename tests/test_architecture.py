@@ -95,6 +95,16 @@ def test_imports_run_one_way_in_the_engine(path):
             assert rooms[parts[2]] <= rooms[own], f"{name_of(path)}:{line}: {own} must not import {parts[2]}"
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "engine"], ids=name_of)
+def test_the_engine_is_read_by_the_screen(path):
+    """No file over 350 lines, no function over 50."""
+    text = path.read_text(encoding="utf-8")
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = [f"{node.name} has {n} lines" for node in functions if (n := node.end_lineno - node.lineno + 1) > 50]
+    assert not long, f"{name_of(path)}: {', '.join(long)}; the limit is 50"
+    assert text.count("\n") <= 350, f"{name_of(path)} has {text.count(chr(10))} lines; the limit is 350"
+
+
 def test_no_circle_of_imports():
     """No two modules import each other, directly or through others, at import time or later."""
     files = {"optimisers." + name_of(path).removesuffix(".py").replace("/", "."): path for path in MODULES}

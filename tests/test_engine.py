@@ -12,12 +12,11 @@ import torch
 
 import optimisers as opt
 from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_exact, raw
-from optimisers.engine.groups import group
 from optimisers.engine.groups import states as held_module
 from optimisers.engine.kernels import threads, work
 from optimisers.engine.kernels.c import compiler as build
 from optimisers.engine.kernels.c import loops
-from optimisers.engine.memory import strides as dense
+from optimisers.engine.memory import guard
 from optimisers.rules._base import TransformingRule, walk
 from table import MeanScaled, SignedRoot, cases
 
@@ -361,20 +360,20 @@ def test_a_guard_tells_what_a_tensor_is():
         yield torch._neg_view(torch.ones(4, 3))
 
     usual = [torch.ones(4, 3), torch.ones(2)]
-    guard = dense.guard_of(usual)
-    assert guard(*usual)
-    assert guard(torch.zeros(4, 3), torch.zeros(2))
-    assert [guard(x, torch.ones(2)) for x in kinds()] == [True] + [False] * 10
-    assert not guard(None, torch.ones(2))
-    assert not guard(np.ones((4, 3)), torch.ones(2))
+    checked = guard.guard_of(usual)
+    assert checked(*usual)
+    assert checked(torch.zeros(4, 3), torch.zeros(2))
+    assert [checked(x, torch.ones(2)) for x in kinds()] == [True] + [False] * 10
+    assert not checked(None, torch.ones(2))
+    assert not checked(np.ones((4, 3)), torch.ones(2))
     same = torch.ones(4, 3)
-    assert dense.guard_of([same, same]) is None
+    assert guard.guard_of([same, same]) is None
 
 
 def steps_with(changes, update, *, guards=True, monkeypatch=None):
     """The bytes after each step of a line in which the gradients, or the model, change as told."""
     if not guards:
-        monkeypatch.setattr(group, "guard_of", lambda _: None)
+        monkeypatch.setattr(guard, "guard_of", lambda _: None)
         monkeypatch.setattr(held_module.Lineage, "repeats", property(lambda _: {}, lambda *_: None), raising=False)
     draw = Draw("torch", "float32", 5)
     model = {"a": draw(4, 3), "b": draw(50), "c": draw(1)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import Untraceable, is_number, torch_if_loaded
+from ...arrays import Untraceable, is_number
 from ...errors import CompileWarning, locating
 from ...rules._base import AbstractRule, walk
 from ...rules._precision import state_leaves
@@ -17,8 +17,9 @@ from ..graph.program import Place, Program, Schedule
 from ..graph.trace import filled, numbers_of, structure_of_rule, trace
 from ..kernels.c import compiler as build
 from ..kernels.work import Table, table
+from ..memory.guard import Guard
 from ..memory.pool import Layout
-from ..memory.strides import DTYPE, OF_ARRAY, OF_TENSOR, Vector, element_strides, guard_of, is_compiled_dtype, is_row_major
+from ..memory.strides import Vector, element_strides, is_row_major
 from ..tracks.stacks import CPU_STACK, DEVICE_STACK, in_stacks, likeness
 from .variant import Variant
 
@@ -26,7 +27,6 @@ _VARIANTS = 16
 # Where nothing is copied for it, also large arrays are transformed by twos: products of two matrices at a time are a tenth
 # quicker than one after the other. From this size on they are not.
 ALONE_FROM = 2**20
-_GUARDINGS = 4  # how often guards are made, which takes as long as ten steps without them
 
 
 class Columns(Mapping[str, Any]):
@@ -86,16 +86,9 @@ class Group:
         self.template = filled(template, iter(leaf if is_number(leaf) else 0 for leaf in state_leaves(template)))
         self.shapes = [tuple(x.shape) for x in xs]
         self.strides = [element_strides(x) for x in xs]
-        self._described: tuple[list[Any], ...]
-        if self.library == "numpy":
-            self._described = (list(map(OF_ARRAY, xs)),)
-        else:
-            self._described = (list(map(OF_TENSOR, xs)), self.strides)
+        self._guard = Guard(xs, self.strides)
         self.native_dtype = xs[0].dtype
         self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
-        self._guards: Any = None
-        self._guarding = 0
-        self._has_single = bool((self.sizes == 1).any())
         self._unsigned = self.sizes.astype(np.uint64)
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
@@ -122,46 +115,7 @@ class Group:
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
         """Whether parameters and gradients are as they were described, so that nothing else need be asked of them."""
-        if self._guards is not None and len(dxs) == self.count and self._guards[0](*xs) and self._guards[1](*dxs):
-            return True
-        if not self._are_as_described(xs, dxs):
-            return False
-        if self.library == "torch" and self._guarding < _GUARDINGS and not any(dx is None for dx in dxs):
-            self._guarding += 1
-            found = guard_of(xs), guard_of(dxs)
-            self._guards = None if None in found else found
-        return True
-
-    def _are_as_described(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
-        """The same, from attributes that are read one after another for all arrays at once."""
-        present: Sequence[Any] = dxs
-        described = self._described
-        if type(None) in set(map(type, dxs)):
-            chosen = [i for i, dx in enumerate(dxs) if dx is not None]
-            present = [dxs[i] for i in chosen]
-            described = tuple([part[i] for i in chosen] for part in described)
-        try:
-            return (
-                self._are_alike(xs, self._described)
-                and {self.native_dtype} == set(map(DTYPE, xs))
-                and self._are_alike(present, described)
-                and (not present or is_compiled_dtype(set(map(DTYPE, present))))
-            )
-        except (AttributeError, RuntimeError, TypeError):  # something else than a dense array
-            return False
-
-    def _are_alike(self, arrays: Sequence[Any], described: tuple[list[Any], ...]) -> bool:
-        kinds = set(map(type, arrays))
-        if self.library == "numpy":
-            return kinds <= {np.ndarray} and list(map(OF_ARRAY, arrays)) == described[0]
-        torch: Any = torch_if_loaded()
-        return (
-            kinds <= {torch.Tensor, torch.nn.Parameter}
-            and list(map(OF_TENSOR, arrays)) == described[0]
-            and list(map(torch.Tensor.stride, arrays)) == described[1]
-            # A lazily negated tensor is half of a complex one, and has its strides, unless it has a single element.
-            and not (self._has_single and any(map(torch.Tensor.is_neg, arrays)))
-        )
+        return self._guard.holds(xs, dxs)
 
     def work(self, members: Vector) -> Table:
         """The pieces of some of the arrays; of all of them it is kept."""

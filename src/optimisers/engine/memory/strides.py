@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...arrays import torch_if_loaded
-from ..graph.program import COMPILED
 from ..kernels.cuda.devices import device_of
 
 Vector = np.ndarray[Any, Any]
 
 _address = attrgetter("__array_interface__")
-DTYPE = attrgetter("dtype")
-OF_ARRAY, OF_TENSOR = attrgetter("shape", "strides", "flags.aligned"), attrgetter("shape", "device")
 
 
 def places(arrays: Sequence[Any]) -> list[int]:
@@ -74,30 +71,6 @@ def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
-
-
-def guard_of(tensors: Sequence[Any]) -> Any:
-    """What tells whether other tensors have the classes, dtypes, devices, shapes, strides and flags of these; or None.
-
-    It is what torch's own compiler asks before it runs what it has compiled: one call for all tensors. It refuses a tensor
-    that is there twice. It is no public function; without it attributes are read one by one.
-    """
-    torch: Any = torch_if_loaded()
-    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-    try:
-        guard = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        return guard.check if guard.check(*tensors) is True else None
-    except (AttributeError, TypeError, RuntimeError, SystemError):
-        return None
-
-
-def is_compiled_dtype(dtypes: set[Any]) -> bool:
-    """Whether it is one dtype, and loops are made for it."""
-    return (
-        len(dtypes) == 1
-        and str(next(iter(dtypes))).removeprefix("torch.") in COMPILED
-        and all(getattr(dtype, "isnative", True) for dtype in dtypes)
-    )
 
 
 def laid_out_as(x: Any, dx: Any) -> Any:
