@@ -60,7 +60,6 @@ class Shim:
         counts: launches, by kernel, and uploads.
         threads: those of a block.
         current: the number of the current stream.
-        capturing: whether launches are recorded, not run.
 
     """
 
@@ -69,7 +68,6 @@ class Shim:
         self.counts = Counter()
         self.threads = 1
         self.current = 0
-        self.capturing = False
         self._names = {}
         self._launch = {}
 
@@ -82,9 +80,6 @@ class Shim:
 
     def stream(self):
         return self.current
-
-    def is_capturing(self):
-        return self.capturing
 
     def launch(self, function, blocks, arguments):
         self.counts[self._names[function]] += 1

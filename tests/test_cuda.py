@@ -12,7 +12,7 @@ import optimisers as opt
 from optimisers.arrays import copied
 from optimisers.engine.kernels.cuda import devices
 from optimisers.engine.kernels.cuda.nvrtc import CompilationFailed
-from optimisers.errors import CompileWarning, NonFiniteError
+from optimisers.errors import CaptureError, CompileWarning, NonFiniteError
 from shim import Shim
 from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
 
@@ -178,6 +178,22 @@ def test_a_fault_is_found_before_anything_is_written(shim):
         opt.update_(state, model, grads[0])
     assert all(torch.equal(model[name], x) for name, x in before.items())
     opt.update_(state, model, grads[1])
+
+
+@VERBS
+@pytest.mark.parametrize("rule", [opt.Lion(1e-3), opt.Muon(), opt.ClipNorm(1.0)], ids=repr)
+def test_no_step_is_captured(rule, verb, shim, monkeypatch):
+    model, grads = problem("torch", "float32", shapes=((3, 4), (6, 4)), absent=False)
+    before = {name: copied(x) for name, x in model.items()}
+    state = opt.setup(rule, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(CaptureError, match=r"cannot be captured in a CUDA graph: .* call update_ after each replay"):
+            verb(state, model, grads[0])
+    assert not shim.counts
+    assert all(torch.equal(model[name], x) for name, x in before.items())
+    verb(state, model, grads[0])
 
 
 def test_a_failed_compilation_is_told_once_and_changes_nothing(shim, monkeypatch):

@@ -1766,7 +1766,8 @@ def test_every_error_is_the_librarys_own_and_a_builtin():
         assert str(cls("a\nb")) == "a\nb"  # KeyError alone would show the repr
 
 
-ELSEWHERE = {opt.CheckpointError, opt.MissingPackageError}  # in tests/test_checkpoint.py, since they are about files
+# In tests/test_checkpoint.py, since they are about files, and in tests/test_cuda.py.
+ELSEWHERE = {opt.CheckpointError, opt.MissingPackageError, opt.CaptureError}
 
 
 def test_every_error_class_is_in_the_table():

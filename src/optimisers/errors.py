@@ -65,6 +65,10 @@ class ConsumedStateError(OptimisersError, RuntimeError):
     """A state was used after ``update_`` had taken over its memory."""
 
 
+class CaptureError(OptimisersError, RuntimeError):
+    """A step was to be recorded in a CUDA graph, which would repeat the numbers of that one step for ever."""
+
+
 class ArgumentError(OptimisersError, TypeError):
     """An argument is of the wrong kind, for example a model where a state is expected."""
 

@@ -13,9 +13,11 @@ from ..rules._precision import state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.state import StateTree, rebuilt
 from . import aliasing, autograd
+from .groups.group import Group
 from .groups.states import Generation, Held, Lineage, grouped, ungrouped
 from .groups.step import GroupStep
 from .groups.track import Missed
+from .kernels.cuda.devices import refuse_capture
 from .memory.strides import element_strides, is_loopable
 from .tracks.scheduler import run
 from .tracks.single import Job, Outcome, Single, entry_after, jobs_of
@@ -55,6 +57,7 @@ class Given(NamedTuple):
 
 def step_tree(given: Given) -> Stepped:
     """Step all parameters of a state tree. New values that are not written where the old ones were are returned."""
+    refuse_capture()
     tree, xs = given.tree, given.xs
     held = tree._held if isinstance(tree._held, Held) else None
     ordinary = autograd.is_ordinary()
@@ -173,7 +176,7 @@ class _Step:
         if given.in_place and group.library == "numpy" and not all(x.flags.writeable for x in xs):
             admitted = False
         if not admitted:
-            misfits = [k for k, x in enumerate(xs) if dxs[k] is not None and self._is_misfit(x, group.strides[k])]
+            misfits = [k for k, x in enumerate(xs) if dxs[k] is not None and self._is_misfit(x, group, k)]
             for k in misfits:
                 dxs[k] = None
             if misfits:
@@ -185,10 +188,11 @@ class _Step:
             except Untraceable:
                 raise _Refused(group.key) from None
 
-    def _is_misfit(self, x: Any, strides: tuple[int, ...]) -> bool:
-        """Whether a parameter is not laid out as its state is, or cannot be written."""
+    def _is_misfit(self, x: Any, group: Group, member: int) -> bool:
+        """Whether a parameter does not lie where and as its state does, or cannot be written."""
         unwritable = self.given.in_place and isinstance(x, np.ndarray) and not x.flags.writeable
-        return unwritable or not is_loopable(x) or element_strides(x) != strides
+        elsewhere = group.place is not None and x.device != group.place
+        return unwritable or elsewhere or not is_loopable(x) or element_strides(x) != group.strides[member]
 
     def _jobs(self) -> dict[int, Job]:
         """What the rules themselves are to step."""

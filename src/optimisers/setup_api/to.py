@@ -53,11 +53,9 @@ def beside(state: StateTree, leaves: Sequence[Any]) -> StateTree:
     wrong = []
     for i, slot in enumerate(state._slots):
         x = leaves[slot.places[0].leaf]
-        if held is not None and held.holds(i):
-            if kind(x) == "torch" and not x.is_cpu:  # what is held by group lies on the host
-                wrong.append(i)
+        if kind(x) != "torch":
             continue
-        device = device_of(state._heads[i].state) if kind(x) == "torch" else None
+        device = held.device(i) if held is not None and held.holds(i) else device_of(state._heads[i].state)
         if device is not None and device != x.device:
             wrong.append(i)
     if not wrong:

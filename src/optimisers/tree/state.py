@@ -29,6 +29,9 @@ class HeldStates(Protocol):
     def is_empty(self) -> bool:
         """Whether no state is held so."""
 
+    def device(self, slot: int) -> Any:
+        """The device of torch on which the state of this slot lies, if it is held so; None for NumPy's."""
+
     def holds(self, slot: int) -> bool:
         """Whether the state of this slot is held so."""
 

@@ -88,6 +88,7 @@ class Group:
         self.strides = [element_strides(x) for x in xs]
         self._guard = Guard(xs, self.strides)
         self.native_dtype = xs[0].dtype
+        self.place = xs[0].device if self.library == "torch" else None
         self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
         self._unsigned = self.sizes.astype(np.uint64)
         self.count = len(slots)

@@ -181,6 +181,11 @@ class Held:
         """Whether no state is held so."""
         return not self.generations
 
+    def device(self, slot: int) -> Any:
+        """The device of torch on which the state of this slot lies, if it is held so; None for NumPy's."""
+        place = self.where[slot]
+        return None if place is None else self.generations[place[0]].group.place
+
     def holds(self, slot: int) -> bool:
         """Whether the state of this slot is held so."""
         return self.where[slot] is not None

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from ....arrays import torch_if_loaded
-from ....errors import CompileWarning
+from ....errors import CaptureError, CompileWarning
 from ..c import compiler
 from . import nvrtc
 from .driver import Gpu
@@ -38,6 +38,21 @@ def _found(device: Any) -> Device | None:
     except nvrtc.CompilationFailed as reason:
         warn_once(device, str(reason))
         return None
+
+
+def refuse_capture() -> None:
+    """Raise CaptureError inside the capture of a CUDA graph: counters and rates are numbers of the host.
+
+    A replay would take the same step again and again, whatever the state says and however rates are adjusted.
+    """
+    torch: Any = torch_if_loaded()
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        msg = (
+            "a step cannot be captured in a CUDA graph: its counters and learning rates are numbers of the host, which each "
+            "replay would repeat. Capture the loss and its gradients alone, and call update_ after each replay; nothing was "
+            "changed"
+        )
+        raise CaptureError(msg)
 
 
 _warned: set[str] = set()

@@ -51,10 +51,6 @@ class Gpu:
         """The current stream of torch."""
         return int(self._stream(self._index))
 
-    def is_capturing(self) -> bool:
-        """Whether what is launched now is recorded for a graph, and not run."""
-        return bool(self._torch.cuda.is_current_stream_capturing())
-
     def launch(self, function: int, blocks: int, arguments: int) -> None:
         """Launch a kernel on the current stream; ``arguments`` is the address of its arguments' addresses."""
         error = self._launch(function, blocks, 1, 1, THREADS, 1, 1, 0, self._stream(self._index), arguments, None)
