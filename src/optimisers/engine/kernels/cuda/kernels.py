@@ -199,9 +199,9 @@ class Launch:
             return
         self._inputs = inputs
         if self._by_value and (inputs == inputs[:1]).all():
-            first = self._matrix[int(self._members[0])]
-            values = self._tape.run({name: first[k] for name, k in self._columns.items()})
-            self._row[: len(values)] = values
+            first = self._matrix[self._members[:1]]
+            for k, value in enumerate(self._tape.run({name: first[:, k] for name, k in self._columns.items()})):
+                self._row[k : k + 1] = value
             self._words[_NUMBERS] = 0
             return
         values = self._tape.run({name: self._matrix[self._members, k] for name, k in self._columns.items()})
