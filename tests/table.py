@@ -186,6 +186,11 @@ def slower(step: int) -> float:
     return 0.5 + 0.4 * step / (step + 1)
 
 
+def halfway(x: Any) -> Any:
+    """A projection: onto the arrays of which the elements are not far out."""
+    return x / (1 + 0.01 * abs(x))
+
+
 def later(step: int) -> float:
     """A decay that sets in after two steps."""
     return 0.0 if step < 2 else 0.1
@@ -515,6 +520,45 @@ ROWS = (
         ),
     ),
     Row("Cautious decay", opt.Cautious, (opt.Cautious(opt.AdamW(0.1, lambda_=0.1), mask="decay"),)),
+    Row(
+        "Compensated",
+        opt.Compensated,
+        (opt.Compensated(opt.Adam()), opt.Compensated(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Momentum(0.1)))),
+        bad=(
+            ({"rule": 0.1}, RuleError, "Compensated(rule, _own): rule must be a rule; got"),
+            ({"rule": opt.MixedPrecision(opt.Adam())}, RuleError, "put that around: MixedPrecision(Compensated(...))"),
+        ),
+    ),
+    Row(
+        "Projected",
+        opt.Projected,
+        (opt.Projected(opt.Adam(0.1), "non_negative"), opt.Projected(opt.Momentum(0.1), "non_negative")),
+        complex=False,
+        bad=(
+            ({"rule": opt.Adam()}, UnknownFieldError, "Projected needs its field 'onto'"),
+            ({"rule": 0.1, "onto": "ball"}, RuleError, "Projected(rule, onto): rule must be a rule; got"),
+            (
+                {"rule": opt.Adam(), "onto": "simplex"},
+                HyperParameterError,
+                "field 'onto' must be one of 'non_negative', 'ball', 'unit_rows', or a callable; got 'simplex'",
+            ),
+            (
+                {"rule": opt.Adam(), "onto": "ball", "radius": 0},
+                HyperParameterError,
+                "'radius' must be a finite number > 0",
+            ),
+        ),
+    ),
+    Row("Projected ball", opt.Projected, (opt.Projected(opt.Adam(0.1), "ball", 20.0),), complex=False, law="measured"),
+    Row("Projected rows", opt.Projected, (opt.Projected(opt.Adam(0.1), "unit_rows", 11.5),), complex=False, law="none"),
+    Row(
+        "Projected by a callable",
+        opt.Projected,
+        (opt.Projected(opt.Adam(0.1), halfway),),
+        complex=False,
+        law="none",
+        rebuilds=False,
+    ),
     Row(
         "StochasticRounding",
         opt.StochasticRounding,

@@ -211,13 +211,68 @@ def test_a_step_that_is_left_out_everywhere_is_none():
     np.testing.assert_array_equal(after, x)
 
 
-# --- all ------------------------------------------------------------------------------------------------------------------
+# --- Compensated ----------------------------------------------------------------------------------------------------------
 
-WRAPPERS = (opt.ScheduleFree, opt.Lookahead, opt.Cautious, lambda rule: opt.Cautious(rule, "decay"))
+
+def test_compensated_steps_add_up_in_bfloat16():
+    x = torch.ones(64, dtype=torch.bfloat16)
+    rule = opt.Descent(1e-3)
+    ends = {}
+    for wrapped in (rule, opt.Compensated(rule)):
+        state, model = opt.setup(wrapped, x), x
+        for _ in range(100):
+            state, model = opt.update(state, model, torch.ones(64, dtype=torch.bfloat16))
+        ends[wrapped] = model
+    assert (ends[rule] == 1).all()  # each step is less than half of the distance to the next number
+    assert (abs(ends[opt.Compensated(rule)].float() - 0.9) < 2**-8).all()
 
 
 @both_kinds
-@pytest.mark.parametrize("wrap", WRAPPERS, ids=["ScheduleFree", "Lookahead", "Cautious", "Cautious decay"])
+@around_ten
+def test_compensated_steps_are_the_rules_own_where_nothing_is_lost(rule, kind):
+    x0, grads = drawn()
+    expected = run(rule, x0, grads, kind)
+    np.testing.assert_allclose(run(opt.Compensated(rule), x0, grads, kind), expected, rtol=1e-10, atol=1e-12)
+
+
+# --- Projected ------------------------------------------------------------------------------------------------------------
+
+SETS = {
+    "non_negative": lambda x: np.maximum(x, 0),
+    "ball": lambda x: x * min(1.0, 1 / np.linalg.norm(x)),
+    "unit_rows": lambda x: x / np.linalg.norm(x, axis=1, keepdims=True),
+}
+
+
+@both_kinds
+@pytest.mark.parametrize("onto", SETS)
+@around_ten
+def test_projected_steps_end_in_the_set(rule, onto, kind):
+    x0, grads = drawn(4)
+    step, x, expected = Stepper(rule, x0), x0, []
+    for g in grads:
+        x = SETS[onto](x - step(x, g))
+        expected.append(x)
+    np.testing.assert_allclose(run(opt.Projected(rule, onto), x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+    given = opt.Projected(rule, lambda x: made(SETS[onto](numpy_of(x)), kind))
+    np.testing.assert_allclose(run(given, x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+
+
+# --- all ------------------------------------------------------------------------------------------------------------------
+
+WRAPPERS = {
+    "ScheduleFree": opt.ScheduleFree,
+    "Lookahead": opt.Lookahead,
+    "Cautious": opt.Cautious,
+    "Cautious decay": lambda rule: opt.Cautious(rule, "decay"),
+    "Compensated": opt.Compensated,
+    "Projected": lambda rule: opt.Projected(rule, "non_negative"),
+    "Projected ball": lambda rule: opt.Projected(rule, "ball"),
+}
+
+
+@both_kinds
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_of_rules_with_loops_have_loops(wrap, kind):
     x = made({"w": np.zeros((64, 96), np.float32)}, kind)
     for rule in (opt.AdamW(lambda_=0.1), opt.OptimiserChain(opt.ClipNorm(), opt.Lion()), opt.Muon()):
@@ -229,7 +284,7 @@ def test_wrappers_of_rules_with_loops_have_loops(wrap, kind):
 
 
 @both_kinds
-@pytest.mark.parametrize("wrap", WRAPPERS, ids=["ScheduleFree", "Lookahead", "Cautious", "Cautious decay"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @around_ten
 def test_the_learning_rate_reaches_the_rule_inside(rule, wrap, kind):
     state = opt.setup(wrap(rule), made(np.ones((3, 4)), kind))

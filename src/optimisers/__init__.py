@@ -9,6 +9,7 @@ from .interop.checkpoint import load as load
 from .interop.checkpoint import save as save
 from .rules import *
 from .setup_api.adjust import adjust as adjust
+from .setup_api.ascend import ascend as ascend
 from .setup_api.averaged import averaged as averaged
 from .setup_api.estimate import Estimate as Estimate
 from .setup_api.estimate import estimate as estimate

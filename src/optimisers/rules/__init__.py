@@ -48,8 +48,10 @@ from .sign.sign import Sign as Sign
 from .wrappers.averaged import Averaged as Averaged
 from .wrappers.cautious import Cautious as Cautious
 from .wrappers.chain import OptimiserChain as OptimiserChain
+from .wrappers.compensated import Compensated as Compensated
 from .wrappers.lookahead import Lookahead as Lookahead
 from .wrappers.mixedprecision import MixedPrecision as MixedPrecision
+from .wrappers.projected import Projected as Projected
 from .wrappers.scheduled import Scheduled as Scheduled
 from .wrappers.schedulefree import ScheduleFree as ScheduleFree
 from .wrappers.stochasticrounding import StochasticRounding as StochasticRounding
