@@ -20,7 +20,7 @@ PARTS = ("errors", "schedules", "arrays", "rules", "tree", "engine", "setup_api"
 ROOMS_OF_ENGINE = (
     "graph", "kernels", "memory", "tracks", "groups", "eager", "autograd", "aliasing", "tree_step", "torch_compile",
 )  # fmt: skip
-FACES = {"torch", "optax"}  # what a user imports; all of it stands in interop
+FACES = {"torch", "optax", "__main__"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

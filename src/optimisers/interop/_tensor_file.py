@@ -170,6 +170,17 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     return metadata["optimisers"], tensors
 
 
+def import_torch_for(path: Path) -> None:
+    """Import torch if a file holds what NumPy cannot, and it is not there yet."""
+    safetensors = library()
+    with (
+        contextlib.suppress(safetensors.SafetensorError, OSError, ImportError),
+        safetensors.safe_open(path, framework="np") as file,
+    ):
+        if any(file.get_slice(name).get_dtype() == "BF16" for name in file.keys()):  # noqa: SIM118 (no dict)
+            importlib.import_module("torch")
+
+
 def _listed(file: Any, *, torch_is_there: bool) -> Iterator[tuple[str, str, list[int]]]:
     known = set(CODES.values())
     for name in sorted(file.keys()):

@@ -65,7 +65,7 @@ def load(
         check_alive(like)
     path = Path(path)
     text, tensors = _tensor_file.read(path)
-    header, entries = _parsed(text, str(path))
+    header, entries = parsed(text, str(path))
     loading = Loading(str(path), header["rules"], entries, tensors, rename)
     try:
         if isinstance(like, StateTree):
@@ -131,7 +131,7 @@ def _header(state: StateTree, tensors: dict[str, Any]) -> dict[str, Any]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _parsed(text: str, where: str) -> tuple[dict[str, Any], tuple[StoredEntry, ...]]:
+def parsed(text: str, where: str) -> tuple[dict[str, Any], tuple[StoredEntry, ...]]:
     """The description in a file, every part of the type that it should be."""
     try:
         header = json.loads(text, parse_constant=_refuse_constant)
