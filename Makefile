@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks test-nvrtc lint docs gallery bench package release clean
+.PHONY: setup demo test test-frameworks test-nvrtc lint docs gallery bench bench-gpu package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -39,6 +39,10 @@ gallery: .venv/.installed-examples
 # ARGS is for run.py: make bench ARGS='--quick --only "leaves/*"'
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# On a CUDA device, under four minutes; --dry and --host need none.
+bench-gpu: .venv/.installed-torch
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # The wheel and the sdist, each tried where nothing else is installed.
 package: .venv/.installed-torch,lint

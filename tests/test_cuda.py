@@ -5,13 +5,15 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 import optimisers as opt
 from optimisers.arrays import copied
-from optimisers.engine.kernels.cuda import devices
+from optimisers.engine.kernels.cuda import devices, driver, nvrtc
 from optimisers.engine.kernels.cuda.nvrtc import CompilationFailed
+from optimisers.engine.kernels.work import table
 from optimisers.errors import CaptureError, CompileWarning, NonFiniteError
 from shim import Shim
 from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
@@ -150,6 +152,52 @@ def test_what_cannot_be_combined_by_a_kernel_is_combined_by_the_rule(shim, by_lo
     found = run(rule, model, grads, opt.update_)
     assert not shim.counts["combine"]
     assert_same(found, by_loops(rule, model, grads, opt.update_), exact=False, dtype="float32")
+
+
+def test_an_array_of_two_thousand_million_elements_is_cut_into_pieces():
+    size = 2**31 + 5
+    work = table(np.array([0, 1]), np.array([7, size]))
+    assert work.pieces.dtype == np.int64
+    assert work.pieces[0].tolist() == [0, 0, 7]
+    assert (work.pieces[1:, 0] == 1).all()
+    assert work.pieces[1:, 2].sum() == size
+    assert (np.diff(work.pieces[1:, 1]) == work.pieces[1:-1, 2]).all()
+    assert work.pieces[-1, 1:].tolist() == [2**31, 5]
+
+
+@VERBS
+def test_arrays_in_other_orders_of_axes(verb, shim, by_loops):
+    model, grads = problem("torch", "float32", shapes=((2, 3, 4, 5), (6, 7)), absent=False)
+    model["p0"] = model["p0"].to(memory_format=torch.channels_last)
+    model["p1"] = model["p1"].t()
+    grads = [{**given, "p1": given["p1"].t()[:, :]} for given in grads]
+    grads[1]["p0"] = grads[1]["p0"].to(memory_format=torch.channels_last)
+    found = run(opt.AdamW(1e-2), model, grads, verb)
+    assert shim.counts["pass_0"] == len(grads)
+    assert found[1]["p0"].is_contiguous(memory_format=torch.channels_last)
+    assert_same(found, by_loops(opt.AdamW(1e-2), model, grads, verb), exact=True, dtype="float32")
+
+
+def test_binaries_are_kept_and_broken_ones_made_anew(monkeypatch, tmp_path):
+    made = []
+
+    def compiled(text, architecture):
+        made.append(text)
+        return nvrtc.Binary(f"binary of {text} for {architecture}".encode(), "")
+
+    monkeypatch.setenv("OPTIMISERS_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compiled", compiled)
+    first = driver.binary("text", "sm_90")
+    assert driver.binary("text", "sm_90") == first == b"binary of text for sm_90"
+    assert made == ["text"]
+    (file,) = tmp_path.glob("*.cubin")
+    for broken in (file.read_bytes()[:-1], b"", file.read_bytes().replace(b"binary", b"bonary")):
+        file.write_bytes(broken)
+        assert driver.binary("text", "sm_90") == first
+    assert made == ["text"] * 4
+    assert driver.binary("text", "sm_100") != first
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # --- what may go wrong --------------------------------------------------------------------------------------------------------
