@@ -241,9 +241,12 @@ def test_what_setup_was_told_not_to_train_stays_untrained(path):
     rule = opt.Route(("b", None), otherwise=opt.Adam())
     state = opt.setup(rule, model, trainable=lambda p: p.path != "c")
     opt.save(path, state)
-    loaded = opt.load(path, model)
+    fails(lambda: opt.load(path, model), "'c' was not trained when the file was saved (requires_grad, trainable=), and is here")
+    loaded = opt.load(path, model, trainable=lambda p: p.path != "c")
     assert loaded == state
     assert loaded["c"] is None
+    anew = opt.load(path, model, strict=False)["c"]
+    assert anew.rule == opt.Adam()
     assert loaded["b"].rule is None
     assert opt.adjust(opt.adjust(loaded, 0.5), times=2)["a"].rule.eta == 0.002
 
@@ -422,7 +425,6 @@ def saved(path):
             lambda m: m["tie"].__setitem__(1, np.ones((2, 2))),
             ["'tie.1': tied to 'tie.0' in the file, an array of its own here"],
         ),
-        (lambda m: m.update(tie=[m["tie"][0]] * 3), ["'tie.0': tied to 'tie.1' in the file, to 'tie.1', 'tie.2' here"]),
     ],
 )
 def test_every_misfit_is_named(change, texts, as_state, saved):
@@ -442,7 +444,7 @@ def test_all_misfits_are_named_at_once(saved):
 def test_arrays_untied_since_and_tied_since(saved):
     path, model, _ = saved
     model["a"]["b"] = model["extra"] = np.ones(3)
-    fails(lambda: opt.load(path, model), "'a.b': tied to nothing in the file, to 'extra' here")
+    assert opt.load(path, model)["extra"].rule == opt.Adam()  # a name that the file knows nothing of
     loose = {"x": np.ones(2), "y": np.ones(2)}
     opt.save(path, opt.setup(opt.Adam(), loose))
     loose["y"] = loose["x"]

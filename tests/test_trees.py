@@ -351,7 +351,7 @@ def test_paths_stand_in_the_table():
     model["tied"] = model["layers"][0]["w"]
     text = str(opt.setup(opt.Adam(), model))
     shown = [line.split("  ")[0] for line in text.splitlines()[2:5]]
-    assert shown == ["a\\.b", "layers.0.w = tied", "layers.1.w"]
+    assert shown == ["a.b", "layers.0.w = tied", "layers.1.w"]
 
 
 # --- without torch -------------------------------------------------------------------------------------------------------

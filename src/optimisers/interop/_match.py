@@ -95,6 +95,7 @@ class Loading:
         where: str,
         rules: list[Any],
         entries: Sequence[StoredEntry],
+        untrained: Sequence[str],
         tensors: Mapping[str, Any],
         rename: Callable[[str], str] | None,
     ) -> None:
@@ -108,6 +109,7 @@ class Loading:
                 raise CheckpointError(msg)
             tied = tuple(map(rename, entry.tied)) if rename else entry.tied
             self.stored[path] = StoredEntry(**{**vars(entry), "path": path, "tied": tied})
+        self.untrained = {rename(path) for path in untrained} if rename else set(untrained)
         self.problems = Problems()
         self.lease = Lease()
         self._made: dict[tuple[int, int], AbstractRule] = {}
@@ -241,15 +243,20 @@ class Loading:
         here = {slot.path for slot in slots}
         tied_here = {alias: slot.path for slot in slots for alias in slot.param.tied_paths}
         tied_there = {alias: path for path, entry in self.stored.items() for alias in entry.tied}
+        # A dict of a module's parameters has each of them under one name: what the other side does not know is no difference.
+        both = {*paths, *tied_here} & {*self.stored, *tied_there, *self.untrained}
         for slot in slots:
             stored = self.stored.get(slot.path)
             if stored is None and slot.path in tied_there:
                 text = f"{shown(slot.path)}: tied to {shown(tied_there[slot.path])} in the file, an array of its own here"
                 self.problems.mismatched.append(text)
+            elif stored is None and slot.path in self.untrained:
+                text = f"{shown(slot.path)} was not trained when the file was saved (requires_grad, trainable=), and is here"
+                self.problems.missing.append(text)
             elif stored is None:
                 text = f"{shown(slot.path)} ({_array_text(slot.param.shape, slot.dtype, slot.kind)}) is not in the file"
                 self.problems.missing.append(text)
-            elif set(stored.tied) != set(slot.param.tied_paths):
+            elif {*stored.tied} & both != {*slot.param.tied_paths} & both:
                 there, now = (", ".join(map(shown, t)) or "nothing" for t in (sorted(stored.tied), slot.param.tied_paths))
                 self.problems.mismatched.append(f"{shown(slot.path)}: tied to {there} in the file, to {now} here")
         for path, stored in self.stored.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..errors import ArgumentError, CheckpointError
 from ..errors import described as named
 from ..tree.entry import host_state
 from ..tree.leaves import find
+from ..tree.param import Param
+from ..tree.paths import unescaped
 from ..tree.state import StateTree, check_alive
 from . import _rule_text, _state_text, _tensor_file
 from ._match import Loading, StoredEntry
@@ -47,6 +50,7 @@ def load(
     *,
     strict: bool = True,
     rename: Callable[[str], str] | None = None,
+    trainable: Callable[[Param], bool] | None = None,
 ) -> StateTree:
     """A state from a file that `save` wrote; the next step is the one that the saved state would have taken.
 
@@ -57,6 +61,7 @@ def load(
         strict: with False, what fits is taken and the rest starts anew, with its rule in ``like``, or the one rule that all
             of the file share; entries of the file without a place are dropped. The reasons in ``print(state)`` say which.
         rename: a function from a path in the file to the path in the model, for layers that were renamed.
+        trainable: as in `setup`, where ``like`` is a model; give it again if setup had it.
 
     Raises CheckpointError for a damaged or foreign file; for one that does not fit, with every missing, unexpected and
     mismatched path; and for rules that only ``like=state`` can supply. MissingPackageError without the package safetensors.
@@ -66,13 +71,11 @@ def load(
     path = Path(path)
     text, tensors = _tensor_file.read(path)
     header, entries = parsed(text, str(path))
-    loading = Loading(str(path), header["rules"], entries, tensors, rename)
+    loading = Loading(str(path), header["rules"], entries, header["untrained"], tensors, rename)
     try:
         if isinstance(like, StateTree):
             return loading.into_state(like, strict=strict)
-        untrained = {rename(other) for other in header["untrained"]} if rename else set(header["untrained"])
-        found = find(like, lambda param: param.path not in untrained)
-        return loading.into_model(found, strict=strict)
+        return loading.into_model(find(like, trainable), strict=strict)
     except RecursionError:
         msg = f"load: the description in {str(path)!r} is nested deeper than any rule or state"
         raise CheckpointError(msg) from None
@@ -125,7 +128,7 @@ def _header(state: StateTree, tensors: dict[str, Any]) -> dict[str, Any]:
         )
     trained = {place.leaf for slot in state._slots for place in slot.places}
     untrained = [path for i, path in enumerate(state._structure.paths) if i not in trained]
-    return {"schema": SCHEMA, "untrained": untrained, "rules": rules, "entries": entries}
+    return {"schema": SCHEMA, "paths": "plain", "untrained": untrained, "rules": rules, "entries": entries}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -147,7 +150,18 @@ def parsed(text: str, where: str) -> tuple[dict[str, Any], tuple[StoredEntry, ..
     if not ok:
         msg = f"load: the description in {where!r} lacks its rules, its entries or its untrained paths"
         raise CheckpointError(msg)
-    return header, tuple(StoredEntry.parsed(entry, len(rules), where) for entry in entries)  # type: ignore[arg-type, union-attr]
+    found = tuple(StoredEntry.parsed(entry, len(rules), where) for entry in entries)  # type: ignore[arg-type, union-attr]
+    return (header, found) if header.get("paths") == "plain" else _with_plain_paths(header, found)
+
+
+def _with_plain_paths(
+    header: dict[str, Any], entries: tuple[StoredEntry, ...]
+) -> tuple[dict[str, Any], tuple[StoredEntry, ...]]:
+    """The description of a file from the time when every dot inside a key was escaped."""
+    old = list(dict.fromkeys([*(name for e in entries for name in (e.path, *e.tied)), *header["untrained"]]))
+    new = dict(zip(old, unescaped(old), strict=True))
+    moved = tuple(replace(e, path=new[e.path], tied=tuple(new[name] for name in e.tied)) for e in entries)
+    return {**header, "untrained": [new[path] for path in header["untrained"]]}, moved
 
 
 def _refuse_constant(name: str) -> Any:

@@ -16,7 +16,7 @@ from ..rules._base import AbstractRule, CompositeRule, Stages, State
 from ..rules._fields import whole
 from ..rules._norm import NormRule
 from ..tree.param import Param
-from ..tree.paths import path_of
+from ..tree.paths import parts_of
 from ..tree.state import StateTree
 from ..tree.structure import is_module
 from .update import checked_leaves, no_grad, prepare
@@ -101,7 +101,7 @@ def metrics(
 def _label(param: Param, by: int | Callable[[Param], str] | None) -> str:
     if by is None:
         return param.path
-    return str(by(param)) if callable(by) else path_of(param.keys[:by])
+    return str(by(param)) if callable(by) else ".".join(parts_of(param.path)[:by])
 
 
 def _sizes(job: Job, new: Any, around: list[Any]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from ..rules._fields import whole
 from ..tree.entry import Entry
 from ..tree.fold import fold
 from ..tree.leaves import Slot, is_trainable
-from ..tree.paths import path_of, shown
+from ..tree.paths import parts_of, shown
 from ..tree.show import WIDTH, bytes_of, bytes_text, named, rows_of, rule_text, state_bytes, state_table, table
 from ..tree.state import StateTree, check_alive
 
@@ -60,8 +60,8 @@ def summary(state: StateTree, model: Any = None, *, by: By = "owner", depth: int
 def _by_owner(state: StateTree, depth: int | None) -> str:
     groups: dict[str, _Group] = {}
     for slot, entry in zip(state._slots, state._entries, strict=True):
-        keys = slot.param.keys[:-1] if depth is None else slot.param.keys[: min(depth, len(slot.param.keys) - 1)]
-        groups.setdefault(path_of(keys), _Group()).add(slot, entry, owner=depth is None)
+        parts = parts_of(slot.path)[:-1]
+        groups.setdefault(".".join(parts if depth is None else parts[:depth]), _Group()).add(slot, entry, owner=depth is None)
     found = list(groups.items())
     text = _owners(found, None)
     if max(map(len, text.splitlines())) > WIDTH:

@@ -14,7 +14,8 @@ class Param:
     """One distinct trainable array of a model, and where it stands.
 
     Attributes:
-        path: where it stands, as a string such as ``"encoder.layers.0.attn.weight"``; a dot inside a key is escaped.
+        path: where it stands, as a string such as ``"encoder.layers.0.attn.weight"``; the
+            same for a module, a flat dict of its names and a nested dict.
         keys: the same as a tuple of dict keys, indices and attribute names.
         shape: of the array.
         dtype: of the array.

@@ -12,7 +12,7 @@ import optree
 
 from ..arrays import torch_if_loaded
 from ..errors import ArgumentError, ModelError, StructureError, described
-from .paths import keys_of, path_of, shown
+from .paths import keys_of, path_of, paths_of, shown
 
 _DICTS = (dict, OrderedDict, defaultdict)
 
@@ -38,7 +38,7 @@ class TreeStructure:
         """The structure, the leaves, and for each leaf the container that holds it (None for a bare array)."""
         accessors, leaves, spec = optree.tree_flatten_with_accessor(model, none_is_leaf=True)
         keys = tuple(keys_of(accessor) for accessor in accessors)
-        paths = tuple(path_of(key) for key in keys)
+        paths = paths_of(keys)
         _refuse_collisions(paths, keys)
         owners = [accessor[:-1](model) if len(accessor) else None for accessor in accessors]
         return TreeStructure(spec, keys, paths), leaves, owners
