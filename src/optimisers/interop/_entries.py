@@ -14,7 +14,7 @@ from ..rules._adjust import field_names, has_eta, with_eta
 from ..rules._base import AbstractRule, CompositeRule, children, walk, with_child
 from ..rules._fields import is_tensor
 
-_NAMES = {
+NAMES = {
     "beta": "betas",
     "epsilon": "eps",
     "lambda_": "weight_decay",
@@ -82,12 +82,12 @@ class Entries:
                 changes.setdefault("momentum", beta[0])
         for entry in self.entries:
             if entry.key in changes:
-                value = changes[entry.key]
+                value = _scalar(changes[entry.key])
                 with _naming(entry.key):
-                    rule = _with_field(rule, entry.steps, entry.field, tuple(value) if isinstance(value, list) else value)
+                    rule = _with_field(rule, entry.steps, entry.field, value)
         if "lr" in changes:
             with _naming("lr"):
-                rule = _with_rate(rule, self.rate, changes["lr"], base)
+                rule = _with_rate(rule, self.rate, _scalar(changes["lr"]), base)
         return rule
 
 
@@ -181,7 +181,7 @@ def _entries(rule: AbstractRule) -> list[Entry]:
     taken = {"lr", "params", "param_names", "rule", "maximize"}
     entries = []
     for owner, steps, field, prefix in found:
-        key = prefix + (_NAMES_IN.get((type(owner), field)) or _NAMES.get(field, field))
+        key = prefix + (_NAMES_IN.get((type(owner), field)) or NAMES.get(field, field))
         if key in taken:
             count = 1
             while (named := f"{type(owner).__name__}{'' if count == 1 else count}.{key}") in taken:
@@ -229,6 +229,13 @@ def _with_rate(rule: AbstractRule, steps: tuple[Step, ...], lr: Any, base: Abstr
     rule.refuse_change("eta", lr)
     (name, index), rest = steps[0], steps[1:]
     return with_child(rule, name, index, _with_rate(_at(rule, steps[:1]), rest, lr, _at(base, steps[:1])))
+
+
+def _scalar(value: Any) -> Any:
+    """An entry as a rule has it: tensors of one element without axes (in the same memory, so what fills them acts)."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_scalar, value))
+    return value.reshape(()) if is_tensor(value) and value.numel() == 1 else value
 
 
 def _same(a: Any, b: Any) -> bool:

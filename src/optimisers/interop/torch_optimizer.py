@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, SelectionError, StructureError, described
+from ..errors import ArgumentError, ModelError, StructureError, described
 from ..rules._base import AbstractRule, walk
-from ..setup_api.route import Chooser, Route
-from ..setup_api.setup import initial_state, moment_dtype, setup
+from ..setup_api.route import Route
+from ..setup_api.setup import moment_dtype
 from ..setup_api.to import beside
 from ..setup_api.update import update_
 from ..tree.entry import Entry
-from ..tree.leaves import Place, Slot
+from ..tree.leaves import Slot
 from ..tree.param import Param
-from ..tree.state import StateTree, check_alive, rebuilt, reruled
-from ..tree.structure import ModuleStructure
-from ._entries import Betas, Entries, changed_betas, repowered, scalable, sketch
-from ._named import Given, given
-from ._tensors import filled, named_tensors
-
-
-class Group(NamedTuple):
-    """What is known of one parameter group besides the dict that torch shows."""
-
-    entries: Entries
-    slots: tuple[int, ...]
-    """The numbers of its arrays in the state tree."""
-    places: tuple[tuple[str, int], ...]
-    """For each parameter its name, and the number of its array, -1 where that array was named before."""
-    seen: dict[str, Any]
-    """The hyper-parameters as the rules have them now."""
-
-
-@dataclass
-class Held:
-    """What an optimizer holds besides its parameter groups.
-
-    In one object, because wrappers that pass attributes on for reading (Lightning's) would keep what is assigned to them.
-    """
-
-    tree: StateTree | None = None
-    groups: list[Group] = field(default_factory=list)
-    untrained: dict[str, None] = field(default_factory=dict)
-    """The names of parameters that belong to the state's structure and are in no group."""
-    view: defaultdict[torch.Tensor, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
-    """``optimizer.state``."""
-    shown: dict[torch.Tensor, dict[str, Any]] | None = None
-    """The tensors that the view was filled with; None when the step has moved on."""
+from ..tree.state import StateTree, check_alive, rebuilt
+from ._entries import sketch
+from ._groups import Held, naming_group, settle, with_entries, with_rates
+from ._joining import Joining
+from ._layout import Rearrangement, matched_groups
+from ._options import refuse_idle_options
+from ._packing import loaded_entries, matched, packed
+from ._tensors import named_tensors
+from ._view import shown_state, take_state
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -99,11 +75,17 @@ class Optimizer(torch.optim.Optimizer):
         self._held = Held()
         if isinstance(params, Iterable) and not isinstance(params, (torch.nn.Module, torch.Tensor, Mapping, AbstractSet)):
             params = list(params)
-        parts = params if isinstance(params, list) and params and isinstance(params[0], dict) else [{"params": params}]
-        groups = [group for part in parts for group in self._taken(part, maximize=maximize, alone=len(parts) == 1)]
+        apart = isinstance(params, list) and bool(params) and isinstance(params[0], dict)
+        parts = params if apart else [{"params": params}]
+        joining = Joining(self._held, rule, state_dtype, named=False)
+        groups = [group for part in parts for group in joining.taken(part, maximize=maximize, alone=len(parts) == 1)]
         defaults = {key: groups[0][key] for key in ("lr", "betas", "maximize")}
+        if not any(known.slots for known in self._held.groups):
+            msg = "no parameter requires grad, or has a rule, in any group"
+            raise ModelError(msg)
         super().__init__(groups, defaults)
         self._ready = True
+        self._held.bind(self.param_groups)
         self._take_entries()
 
     # --- parameter groups -----------------------------------------------------------------------------------------------
@@ -122,81 +104,23 @@ class Optimizer(torch.optim.Optimizer):
             msg = f"a parameter group is a dict with 'params'; got {described(param_group)}"
             raise ArgumentError(msg)
         self._take_edits()
-        before = self._held.tree, list(self._held.groups), dict(self._held.untrained)
+        self._add(param_group)
+
+    def _add(self, param_group: Mapping[str, Any], *, whole: bool = False) -> None:
+        """Take in a group; ``whole`` with what does not require grad now."""
+        held = self._held
+        joining = Joining(held, self._rule, self._state_dtype, named="param_names" in self.param_groups[0])
+        before = held.tree, list(held.groups), dict(held.untrained), dict(held.frozen)
         try:
-            for group in self._taken(param_group, maximize=self.defaults["maximize"], alone=False):
+            for group in joining.taken(param_group, maximize=self.defaults["maximize"], alone=False, whole=whole):
                 super().add_param_group(group)
+            held.bind(self.param_groups)
             self._take_entries()
         except Exception:
-            self._held.tree, self._held.groups, self._held.untrained = before
-            del self.param_groups[len(self._held.groups) :]
+            held.tree, held.groups, held.untrained, held.frozen = before
+            del self.param_groups[len(held.groups) :]
             raise
-        self._held.shown = None
-
-    def _taken(self, part: Mapping[str, Any], *, maximize: bool, alone: bool) -> list[dict[str, Any]]:
-        """The groups of one part of the parameters, which joins the state tree."""
-        own = dict(part)
-        model = given(own.pop("params"), first=len(self._held.tree._structure.paths) if self._held.tree is not None else 0)
-        rule = own.pop("rule", None)
-        own.pop("param_names", None)
-        rule = self._rule if rule is None or isinstance(rule, str) else rule
-        if isinstance(rule, StateTree) and not alone:
-            msg = (
-                "this optimizer was made from a state, so a further parameter group needs its own: {'params': ..., 'rule': ...}"
-            )
-            raise RuleError(msg)
-        tree = self._state_of(rule if alone else _for_each(rule), model)
-        leaves = dict(zip(tree._structure.paths, tree._structure.flatten(model.model), strict=True))
-        known = set() if self._held.tree is None else set(self._held.tree._structure.paths) - self._held.untrained.keys()
-        if twice := known & leaves.keys():
-            msg = f"two parameters have the name {min(twice)!r}; names must be unique, since states are kept and loaded by name"
-            raise ModelError(msg)
-        trained = [(s, e) for s, e in zip(tree._slots, tree._entries, strict=True) if e.rule is not None]
-        offset = 0 if self._held.tree is None else len(self._held.tree._slots)
-        only = StateTree(tree._structure, tuple(s for s, _ in trained), [e for _, e in trained])
-        tree = _joined(self._held.tree, only)
-        paths = tree._structure.paths
-        used = {paths[place.leaf] for slot in tree._slots for place in slot.places}
-        self._held.untrained = {path: None for path in paths if path not in used}
-        made, groups = [], []
-        for numbers in _by_rule(tree._heads[offset:]):
-            slots = tuple(offset + number for number in numbers)
-            places = tuple(
-                (paths[place.leaf], n if i == 0 else -1) for n in slots for i, place in enumerate(tree._slots[n].places)
-            )
-            first: Any = tree._heads[slots[0]].rule
-            entries = Entries(first)
-            values = entries.values(first)
-            made.append(Group(entries, slots, places, values))
-            named = [(path, leaves[path]) for path, _ in places]
-            shown = named if model.named else [x for _, x in named]
-            groups.append({"params": shown, **values, "rule": entries.kind, "maximize": maximize, **own})
-        self._held.tree = tree
-        self._held.groups += made
-        return groups
-
-    def _state_of(self, rule: Any, model: Given) -> StateTree:
-        if not isinstance(rule, StateTree):
-            tree = setup(rule, model.model, state_dtype=self._state_dtype)
-        else:
-            check_alive(rule)
-            tree = rule
-            if not isinstance(tree._structure, ModuleStructure):
-                msg = "the state was set up for a tree; Optimizer needs one that was set up for the module, setup(rule, module)"
-                raise ArgumentError(msg)
-        done: dict[int, AbstractRule] = {}  # arrays that share a rule go on sharing it
-        entries = []
-        for entry in tree._entries:
-            if entry.rule is None or entry.base is None:
-                entries.append(entry)
-                continue
-            rules = []
-            state = entry.state
-            for old in (entry.base, entry.rule):
-                new, state = scalable(old, entry.state)
-                rules.append(done.setdefault(id(old), new))
-            entries.append(entry.replace(base=rules[0], rule=rules[1], state=state))
-        return rebuilt(tree, entries)
+        held.shown = None
 
     # --- stepping -------------------------------------------------------------------------------------------------------
 
@@ -213,20 +137,28 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._take_edits()
-        params: dict[str, Any] = dict(self._held.untrained)
-        grads: dict[str, Any] = dict(self._held.untrained)
-        for group, known in zip(self.param_groups, self._held.groups, strict=True):
-            maximize = group["maximize"]
-            for (name, _), x in zip(known.places, group["params"], strict=True):
-                params[name] = x
-                dx = x.grad
-                grads[name] = -dx if maximize and dx is not None else dx
+        params, grads = self._with_gradients()
         tree: Any = self._held.tree
         # A model may be moved after its optimizer was made: torch's own make their state later, ours has to follow.
         tree = beside(tree, tree._structure.flatten(params))
         self._held.tree, _ = update_(tree, params, grads)
-        self._held.shown = None
+        if self._held.shown is not None:
+            self._held.shown = None
+            for x in list(self._held.parked):  # the view must not keep them alive
+                self._held.view.pop(x, None)
         return loss
+
+    def _with_gradients(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters and gradients by name."""
+        params: dict[str, Any] = dict(self._held.untrained)
+        grads: dict[str, Any] = dict(self._held.untrained)
+        for group, known in zip(self.param_groups, self._held.groups, strict=True):
+            maximize = group["maximize"]
+            for (name, _), x in zip(known.places, known.params, strict=True):
+                params[name] = x
+                dx = x.grad
+                grads[name] = -dx if maximize and dx is not None else dx
+        return params, grads
 
     # --- the state, for this library and for torch ---------------------------------------------------------------------------
 
@@ -247,30 +179,26 @@ class Optimizer(torch.optim.Optimizer):
             raise ArgumentError(msg)
         check_alive(tree)
         old: Any = self._held.tree
-        kinds = [[e.rule and sketch(e.rule) for e in t._heads] for t in (old, tree)]
-        if tree._slots != old._slots or kinds[0] != kinds[1]:
+        tree = with_rates(tree)
+        found = {slot.path: (slot, entry) for slot, entry in zip(tree._slots, tree._entries, strict=True)}
+        pairs = [(slot, e, *found.get(slot.path, (None, None))) for slot, e in zip(old._slots, old._heads, strict=True)]
+        trained = sum(entry.rule is not None for entry in tree._heads)
+        if trained != len(pairs) or not all(other is not None and _alike(s, e, other, o) for s, e, other, o in pairs):
             msg = "optimizer.tree: this state is of other parameters, or of other rules; make a new Optimizer(state, module)"
             raise StructureError(msg)
-        self._held.tree = tree
+        self._held.tree = tree if tree._slots == old._slots else rebuilt(old, [o for *_, o in pairs])
         self._held.shown = None
+        new: Any = self._held.tree
         for group, known in zip(self.param_groups, self._held.groups, strict=True):
-            values = known.entries.values(tree._heads[known.slots[0]].rule)  # type: ignore[arg-type]
-            known.seen.update(values)
-            group.update(values)
+            if known.slots:
+                values = known.entries.values(new._heads[known.slots[0]].rule)
+                known.seen.update(values)
+                group.update(values)
 
     @property
     def state(self) -> defaultdict[torch.Tensor, dict[str, Any]]:
         """For each parameter its state as a dict of tensors: counters and powers as 0-d ones, on the host."""
-        if self._held.shown is None and self._held.tree is not None:
-            old = dict(self._held.view)
-            self._held.view.clear()
-            self._held.shown = {}
-            for group, known in zip(self.param_groups, self._held.groups, strict=True):
-                for (_, number), x in zip(known.places, group["params"], strict=True):
-                    tensors = {} if number < 0 else named_tensors(self._held.tree._entries[number].state)
-                    self._held.view[x] = {**old.get(x, {}), **tensors}
-                    self._held.shown[x] = tensors
-        return self._held.view
+        return shown_state(self._held)
 
     @state.setter
     def state(self, value: Mapping[torch.Tensor, dict[str, Any]]) -> None:
@@ -283,84 +211,90 @@ class Optimizer(torch.optim.Optimizer):
 
     def _take_edits(self) -> None:
         """Make what was changed in ``param_groups`` and ``state`` part of the state tree."""
-        if len(self.param_groups) != len(self._held.groups):
-            msg = (
-                f"there are {len(self.param_groups)} param_groups, {len(self._held.groups)} of them known; use add_param_group"
-            )
-            raise StructureError(msg)
-        for i, (group, known) in enumerate(zip(self.param_groups, self._held.groups, strict=True)):
-            if len(group["params"]) != len(known.places):
-                msg = (
-                    f"param_groups[{i}] has {len(group['params'])} parameters, {len(known.places)} of them known; use "
-                    "add_param_group"
-                )
-                raise StructureError(msg)
+        held = self._held
+        if len(self.param_groups) != len(held.groups) or not all(
+            known.is_as_known(group) for known, group in zip(held.groups, self.param_groups, strict=True)
+        ):
+            self._rearrange()
+        for i, (known, group) in enumerate(zip(held.groups, self.param_groups, strict=True)):
+            if len(group) != len(known.seen) + 3 + ("param_names" in group):
+                with naming_group(i):
+                    refuse_idle_options(group, known.entries, known.rule)
         self._take_entries()
         if self._held.shown is not None:
-            self._take_state(self._held.shown)
+            take_state(self._held, moment_dtype(self._state_dtype))
+
+    def _rearrange(self) -> None:
+        """Make parameter lists that were changed by hand those of the state tree, whose moments follow the parameters."""
+        self.state  # noqa: B018 (what was put there for new parameters is looked at after)
+        held, wanted = self._held, self.param_groups
+        shown: Any = held.shown
+        olds: list[Any] = matched_groups(held, wanted)
+        places = [i for i, old in enumerate(olds) if old is not None]
+        change = Rearrangement(held, [wanted[i] for i in places], [olds[i] for i in places], moment_dtype(self._state_dtype))
+        change.commit()
+        new = [group for group, old in zip(wanted, olds, strict=True) if old is None]
+        if new:
+            self._add_at_their_places(wanted, new)
+        tree: Any = held.tree
+        now: dict[torch.Tensor, dict[str, Any]] = {}
+        for known in held.groups:
+            for (_, number), x in zip(known.places, known.params, strict=True):
+                now[x] = shown[x] if x in shown else {} if number < 0 else named_tensors(tree._entries[number].state)
+                if x not in shown and x not in held.view:
+                    held.view[x] = dict(now[x])
+        held.shown = now
+        for x, kept in list(held.parked.items()):
+            if x in shown:
+                if x not in held.view:
+                    del held.parked[x]
+                else:
+                    now[x] = named_tensors(kept[1].state)
+                    held.view[x].update(now[x])
+
+    def _add_at_their_places(self, wanted: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+        """Take in the groups that were put into ``param_groups``, which then is again as it was made."""
+        held = self._held
+        self.param_groups = [group for group in wanted if not any(group is other for other in new)]
+        for group in new:
+            names: Any = group.get("param_names")
+            named = names is not None and len(names) == len(group["params"])
+            count = len(held.groups)
+            self._add(
+                {**group, "params": list(zip(names, group["params"], strict=True)) if named else group["params"]}, whole=True
+            )
+            kind = group.get("rule", held.groups[-1].entries.kind)
+            if len(held.groups) != count + 1 or kind not in {held.groups[-1].entries.kind, self._rule}:
+                del held.groups[count:], self.param_groups[count:]
+                msg = "a group that was put into param_groups has not the rule that it names, or several; use add_param_group"
+                raise StructureError(msg)
+            group.update(self.param_groups[-1])
+            self.param_groups[-1] = group
+        by_dict = {id(group): known for group, known in zip(self.param_groups, held.groups, strict=True)}
+        self.param_groups = wanted
+        held.groups = [by_dict[id(group)] for group in wanted]
+        held.bind(wanted)
 
     def _take_entries(self) -> None:
         changes = [g.entries.changes(group, g.seen) for g, group in zip(self._held.groups, self.param_groups, strict=True)]
         if any(changes):
-            self._held.tree = self._with_entries(self._held.tree, changes)
+            self._held.tree = with_entries(self._held.tree, self._held.groups, changes)
             for known, group, changed in zip(self._held.groups, self.param_groups, changes, strict=True):
-                _settle(known, group, changed, self._held.tree)
-
-    def _with_entries(self, tree: Any, changes: Sequence[Mapping[str, Any]], *, loaded: bool = False) -> StateTree:
-        """The state tree with other hyper-parameters in some groups; loaded states belong to these already."""
-        heads = list(tree._heads)
-        repower: dict[int, Betas] = {}
-        for i, (known, changed) in enumerate(zip(self._held.groups, changes, strict=True)):
-            if not changed:
-                continue
-            done: dict[tuple[int, int], tuple[AbstractRule, Any]] = {}
-            for number in known.slots:
-                head = heads[number]
-                key = (id(head.rule), id(head.base))
-                if key not in done:
-                    try:
-                        new = known.entries.apply(changed, head.rule, head.base)
-                    except HyperParameterError as error:
-                        error.args = (f"param_groups[{i}], {error}",)
-                        raise
-                    done[key] = new, [] if loaded else changed_betas(head.rule, new)
-                rule, betas = done[key]
-                heads[number] = head.replace(rule=rule)
-                if betas:
-                    repower[number] = betas
-        new_tree = reruled(tree, heads)
-        if not repower:
-            return new_tree
-        entries = list(new_tree._entries)
-        for number, betas in repower.items():
-            entries[number] = entries[number].replace(state=repowered(entries[number].state, betas))
-        return rebuilt(tree, entries)
-
-    def _take_state(self, shown: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        tree: Any = self._held.tree
-        entries: list[Entry] | None = None
-        dtype = moment_dtype(self._state_dtype)
-        for group, known in zip(self.param_groups, self._held.groups, strict=True):
-            for (name, number), x in zip(known.places, group["params"], strict=True):
-                before, now = shown.get(x), self._held.view.get(x, {})
-                if number < 0 or before is None or not _edited(before, now, entry := tree._entries[number]):
-                    continue
-                entries = entries or list(tree._entries)
-                if any(key in now for key in before):
-                    entries[number] = entry.replace(state=filled(entry.state, now, name))
-                else:  # torch's optimizers begin anew with what was taken out of their state
-                    rule: Any = entry.rule
-                    entries[number] = entry.replace(state=initial_state(rule, tree._slots[number], x, dtype))
-        if entries is not None:
-            self._held.tree = rebuilt(tree, entries)
-            self._held.shown = None
+                settle(known, group, changed, self._held.tree)
 
     # --- saving and loading ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; what a scheduler has set under one of two names (``betas``, ``momentum``) stands under both."""
         self._take_edits()
-        return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._take_edits()
+        result = packed(self.param_groups, self._held.groups, self._held.tree._entries, self.state)  # type: ignore[union-attr]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, copying its tensors to the devices of the parameters.
@@ -374,153 +308,59 @@ class Optimizer(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._take_edits()
-        tree: Any = self._held.tree
-        sources = _matched(self.param_groups, state_dict["param_groups"])
-        entries = list(tree._entries)
+        sources = matched(self.param_groups, state_dict["param_groups"])
+        entries, extras = loaded_entries(self._held, sources, state_dict["state"], moment_dtype(self._state_dtype))
         news, changes = [], []
-        for group, known, (saved, ids) in zip(self.param_groups, self._held.groups, sources, strict=True):
-            if (kind := saved.get("rule", known.entries.kind)) != known.entries.kind:
-                msg = f"the saved state of {known.places[0][0]!r} is that of {kind}, and its rule is {known.entries.kind}"
-                raise StructureError(msg)
-            for (name, number), key, x in zip(known.places, ids, group["params"], strict=True):
-                if number >= 0:
-                    tensors = state_dict["state"].get(key, {})
-                    state = filled(entries[number].state, tensors, name, onto=x.device)
-                    entries[number] = entries[number].replace(state=state)
-            new = {key: value for key, value in saved.items() if key not in {"params", "param_names"}}
-            news.append(new)
-            changes.append(known.entries.changes(new, known.seen))
-        tree = self._with_entries(rebuilt(tree, entries), changes, loaded=True)
+        old: Any = self._held.tree
+        tree: Any = rebuilt(old, entries)
+        for i, (known, (saved, _)) in enumerate(zip(self._held.groups, sources, strict=True)):
+            new = {key: value for key, value in saved.items() if key not in {"params", "param_names", "rule"}}
+            with naming_group(i):
+                refuse_idle_options(new, known.entries, known.rule)
+            now = known.entries.values(tree._entries[known.slots[0]].rule) if known.slots else known.seen
+            news.append({**now, **new})
+            changes.append(known.entries.changes(new, now))
+        tree = with_entries(tree, self._held.groups, changes, loaded=True)
         self._held.tree = tree
+        self._held.parked.clear()
+        self._held.view.clear()
+        self._held.view.update(extras)
         self._held.shown = None
         for group, known, new, changed in zip(self.param_groups, self._held.groups, news, changes, strict=True):
             group.update(new)
-            _settle(known, group, changed, tree)
+            known.seen.update({key: new[key] for key in known.seen})
+            settle(known, group, changed, tree)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __copy__(self) -> Optimizer:
+        """One more handle on the same groups, parameters and state, as a shallow copy of torch's is."""
+        new = type(self).__new__(type(self))
+        new.__setstate__({**self.__getstate__(), "_held": self._held, "_rule": self._rule})
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state["_held"]
+        if isinstance(held.parked, dict):
+            held.parked = WeakTensorKeyDictionary(held.parked)
+        super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         self._take_edits()
         names = ("defaults", "param_groups", "_state_dtype", "_ready")
         plain = isinstance(self._rule, AbstractRule) and not any(isinstance(r, Route) for r in walk(self._rule))
         # A function may not be picklable, and is only needed where add_param_group is given no rule.
-        held = replace(self._held, view=defaultdict(dict), shown=None)
+        view = {x: {k: v for k, v in own.items() if not str(k).startswith("state")} for x, own in self._held.view.items()}
+        kept = defaultdict(dict, {x: extra for x, extra in view.items() if extra})
+        held = replace(self._held, view=kept, shown=None, parked=dict(self._held.parked.items()))
         return {**{name: self.__dict__[name] for name in names}, "_held": held, "_rule": self._rule if plain else None}
 
 
-def _for_each(rule: Any) -> Any:
-    """The rule as a function of one parameter, for a few parameters that need not match every pattern of a Route."""
-    if not (isinstance(rule, AbstractRule) and any(isinstance(inner, Route) for inner in walk(rule))):
-        return rule
-
-    def routed(param: Param) -> AbstractRule | None:
-        chooser = Chooser(rule)
-        chosen, _ = chooser.choose((param,))
-        if chooser.unmatched:
-            msg = f"Route: no pattern matches {param.path!r}. Give the parameter group a rule: {{'params': ..., 'rule': ...}}"
-            raise SelectionError(msg)
-        return chosen
-
-    return routed
-
-
-def _joined(first: StateTree | None, second: StateTree) -> StateTree:
-    """Two state trees over named parameters as one."""
-    if first is None:
-        return second
-    a: Any = first._structure
-    b: Any = second._structure
-    paths = list(dict.fromkeys(a.paths + b.paths))  # a name that stands in both was not trained so far
-    where = {path: i for i, path in enumerate(paths)}
-    slots = [
-        Slot(s.param, tuple(Place(where[b.paths[p.leaf]], p.permutation) for p in s.places), s.kind, s.dtype)
-        for s in second._slots
-    ]
-    structure = ModuleStructure(tuple(paths), a.aliases + b.aliases)
-    return StateTree(structure, (*first._slots, *slots), (*first._entries, *second._entries))
-
-
-def _by_rule(entries: Sequence[Entry]) -> list[list[int]]:
-    """The numbers of the entries with equal rules, in the order of the first of each."""
-    groups: dict[AbstractRule, list[int]] = {}
-    known: dict[int, AbstractRule] = {}
-    for i, entry in enumerate(entries):
-        rule: Any = entry.rule
-        if id(rule) not in known:
-            known[id(rule)] = rule.unresolved()
-        groups.setdefault(known[id(rule)], []).append(i)
-    return list(groups.values())
-
-
-def _settle(known: Group, group: dict[str, Any], changed: Mapping[str, Any], tree: StateTree) -> None:
-    """Note the hyper-parameters that were taken over, and show in the group those that follow from them."""
-    if changed:
-        values = known.entries.values(tree._heads[known.slots[0]].rule)  # type: ignore[arg-type]
-        if "betas" in changed and not known.entries.own_betas:
-            values["betas"] = (values["betas"][0], *changed["betas"][1:])
-        group.update({key: value for key, value in values.items() if key not in changed})
-        known.seen.update(values, **changed)
-
-
-def _edited(before: Mapping[str, Any], now: Mapping[str, Any], entry: Entry) -> bool:
-    """Whether tensors that were shown are others now, or hold another number."""
-    if any(now.get(key) is not tensor for key, tensor in before.items()):
-        return True
-    if not any(entry.numbers):
+def _alike(slot: Slot, head: Entry, other: Slot, entry: Entry) -> bool:
+    """Whether an entry is one of the same parameter, and of a rule built alike."""
+    if head.rule is None or entry.rule is None:
         return False
-    fresh = named_tensors(entry.state)
-    return any(fresh[key] is not tensor and fresh[key].item() != tensor.item() for key, tensor in before.items())
-
-
-def _matched(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], list[Any]]]:
-    """For each group the saved one to load, and the keys of its parameters' states in the group's own order."""
-    if all("param_names" in group for group in groups) and all(_names(group) is not None for group in saved):
-        return _matched_by_name(groups, saved)
-    if len(groups) != len(saved):
-        msg = f"loaded state dict has a different number of parameter groups: {len(saved)} for {len(groups)}"
-        raise ValueError(msg)
-    for i, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        if len(group["params"]) != len(other["params"]):
-            msg = (
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"param_groups[{i}] has {len(group['params'])} parameters, the loaded one {len(other['params'])}"
-            )
-            raise ValueError(msg)
-    return [(other, list(other["params"])) for other in saved]
-
-
-def _names(group: Mapping[str, Any]) -> list[str] | None:
-    """The names of a saved group's parameters: distributed checkpoints have them in the place of numbers."""
-    if group["params"] and all(isinstance(key, str) for key in group["params"]):
-        return list(group["params"])
-    names = group.get("param_names")
-    return list(names) if names is not None and len(names) == len(group["params"]) else None
-
-
-def _matched_by_name(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], list[Any]]]:
-    where = {
-        name: (i, key) for i, other in enumerate(saved) for name, key in zip(_names(other) or (), other["params"], strict=True)
-    }
-    wanted = [name for group in groups for name in group["param_names"]]
-    missing, extra = [n for n in wanted if n not in where], [n for n in where if n not in set(wanted)]
-    if missing or extra:
-        parts = [f"lacks {', '.join(map(repr, missing[:8]))}"] if missing else []
-        parts += [f"holds {', '.join(map(repr, extra[:8]))}, which this optimizer does not have"] if extra else []
-        msg = (
-            f"the loaded state {' and '.join(parts)}. To match renamed parameters by order, take 'param_names' out of the "
-            "loaded param_groups"
-        )
-        raise StructureError(msg)
-    result = []
-    for group in groups:
-        sources = {where[name][0] for name in group["param_names"]}
-        if len(sources) > 1:
-            apart = [next(n for n in group["param_names"] if where[n][0] == i) for i in sorted(sources)]
-            msg = f"{' and '.join(map(repr, apart))} have one rule here, and different ones in the loaded state"
-            raise StructureError(msg)
-        result.append((saved[sources.pop()], [where[name][1] for name in group["param_names"]]))
-    return result
+    same = (slot.param.shape, slot.dtype, slot.kind, len(slot.places)) == (
+        other.param.shape, other.dtype, other.kind, len(other.places),
+    )  # fmt: skip
+    return same and sketch(head.rule) == sketch(entry.rule)

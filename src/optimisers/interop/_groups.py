@@ -1,0 +1,204 @@
+"""The parameter groups of the adapter, and what it knows of them besides the dicts that torch shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import HyperParameterError, SelectionError, TieError
+from ..rules._base import AbstractRule, walk
+from ..setup_api.route import Chooser, Route
+from ..tree.entry import Entry
+from ..tree.leaves import Place, Slot
+from ..tree.param import Param
+from ..tree.state import StateTree, rebuilt, reruled
+from ..tree.structure import ModuleStructure
+from ._entries import Betas, Entries, changed_betas, repowered, scalable
+
+
+class Group(NamedTuple):
+    """What is known of one parameter group besides the dict that torch shows."""
+
+    entries: Entries
+    slots: tuple[int, ...]
+    """The numbers of its arrays in the state tree."""
+    places: tuple[tuple[str, int], ...]
+    """For each parameter its name, and the number of its array, -1 where that array was named before."""
+    seen: dict[str, Any]
+    """The hyper-parameters as the rules have them now."""
+    rule: AbstractRule
+    """As it was when the group was last without parameters, for those that come to it then."""
+    base: AbstractRule
+    params: tuple[torch.Tensor, ...] = ()
+    shown: Mapping[str, Any] = {}
+    """The dict in ``param_groups``."""
+
+    def is_as_known(self, group: Mapping[str, Any]) -> bool:
+        """Whether this is the dict of the group, with the same parameter objects in the same order."""
+        params = group["params"]
+        return group is self.shown and len(params) == len(self.params) and all(map(is_, params, self.params))
+
+
+@dataclass
+class Held:
+    """What an optimizer holds besides its parameter groups.
+
+    In one object, because wrappers that pass attributes on for reading (Lightning's) would keep what is assigned to them.
+    """
+
+    tree: StateTree | None = None
+    groups: list[Group] = field(default_factory=list)
+    untrained: dict[str, None] = field(default_factory=dict)
+    """The names of parameters that belong to the state's structure and are in no group."""
+    frozen: dict[torch.Tensor, str] = field(default_factory=dict)
+    """Parameters that were left out because they did not require grad, and their names."""
+    parked: Any = field(default_factory=WeakTensorKeyDictionary)
+    """(name, entry) of parameters that were taken out of their group, for as long as they live."""
+    view: defaultdict[torch.Tensor, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    """``optimizer.state``."""
+    shown: dict[torch.Tensor, dict[str, Any]] | None = None
+    """The tensors that the view was filled with; None when the step has moved on."""
+
+    def bind(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Note which dicts and parameter objects the groups are."""
+        self.groups = [
+            known._replace(params=tuple(group["params"]), shown=group)
+            for known, group in zip(self.groups, param_groups, strict=True)
+        ]
+        for x in (x for known in self.groups for x in known.params):
+            self.frozen.pop(x, None)
+
+    def note_untrained(self) -> None:
+        """Note the names of the structure that no array of the tree has."""
+        tree: Any = self.tree
+        paths = tree._structure.paths
+        used = {paths[place.leaf] for slot in tree._slots for place in slot.places}
+        self.untrained = {path: None for path in paths if path not in used}
+
+
+def for_each(rule: Any) -> Any:
+    """The rule as a function of one parameter, for a few parameters that need not match every pattern of a Route."""
+    if not (isinstance(rule, AbstractRule) and any(isinstance(inner, Route) for inner in walk(rule))):
+        return rule
+
+    def routed(param: Param) -> AbstractRule | None:
+        chooser = Chooser(rule)
+        chosen, _ = chooser.choose((param,))
+        if chooser.unmatched:
+            msg = f"Route: no pattern matches {param.path!r}. Give the parameter group a rule: {{'params': ..., 'rule': ...}}"
+            raise SelectionError(msg)
+        return chosen
+
+    return routed
+
+
+def with_rates(tree: StateTree) -> StateTree:
+    """The state tree with a learning rate in every rule: one without gets a factor of 1 on its step."""
+    done: dict[int, AbstractRule] = {}  # arrays that share a rule go on sharing it
+    entries = []
+    for entry in tree._entries:
+        if entry.rule is None or entry.base is None:
+            entries.append(entry)
+            continue
+        rules = []
+        state = entry.state
+        for old in (entry.base, entry.rule):
+            new, state = scalable(old, entry.state)
+            rules.append(done.setdefault(id(old), new))
+        entries.append(entry.replace(base=rules[0], rule=rules[1], state=state))
+    return rebuilt(tree, entries)
+
+
+def joined(first: StateTree | None, second: StateTree) -> StateTree:
+    """Two state trees over named parameters as one."""
+    if first is None:
+        return second
+    a: Any = first._structure
+    b: Any = second._structure
+    paths = list(dict.fromkeys(a.paths + b.paths))  # a name that stands in both was not trained so far
+    where = {path: i for i, path in enumerate(paths)}
+    slots = [
+        Slot(s.param, tuple(Place(where[b.paths[p.leaf]], p.permutation) for p in s.places), s.kind, s.dtype)
+        for s in second._slots
+    ]
+    structure = ModuleStructure(tuple(paths), a.aliases + b.aliases)
+    return StateTree(structure, (*first._slots, *slots), (*first._entries, *second._entries))
+
+
+def by_rule(entries: Iterable[Entry]) -> list[list[int]]:
+    """The numbers of the entries with equal rules, in the order of the first of each."""
+    groups: dict[AbstractRule, list[int]] = {}
+    known: dict[int, AbstractRule] = {}
+    for i, entry in enumerate(entries):
+        rule: Any = entry.rule
+        if id(rule) not in known:
+            known[id(rule)] = rule.unresolved()
+        groups.setdefault(known[id(rule)], []).append(i)
+    return list(groups.values())
+
+
+def with_entries(
+    tree: Any, groups: Sequence[Group], changes: Sequence[Mapping[str, Any]], *, loaded: bool = False
+) -> StateTree:
+    """The state tree with other hyper-parameters in some groups; loaded states belong to these already."""
+    heads = list(tree._heads)
+    repower: dict[int, Betas] = {}
+    for i, (known, changed) in enumerate(zip(groups, changes, strict=True)):
+        if not changed:
+            continue
+        done: dict[tuple[int, int], tuple[AbstractRule, Any]] = {}
+        for number in known.slots:
+            head = heads[number]
+            key = (id(head.rule), id(head.base))
+            if key not in done:
+                with naming_group(i):
+                    new = known.entries.apply(changed, head.rule, head.base)
+                done[key] = new, [] if loaded else changed_betas(head.rule, new)
+            rule, betas = done[key]
+            heads[number] = head.replace(rule=rule)
+            if betas:
+                repower[number] = betas
+    new_tree = reruled(tree, heads)
+    if not repower:
+        return new_tree
+    entries = list(new_tree._entries)
+    for number, betas in repower.items():
+        entries[number] = entries[number].replace(state=repowered(entries[number].state, betas))
+    return rebuilt(tree, entries)
+
+
+@contextmanager
+def naming_group(number: int) -> Iterator[None]:
+    """Name the group in an error about its entries."""
+    try:
+        yield
+    except HyperParameterError as error:
+        error.args = (f"param_groups[{number}], {error}",)
+        raise
+
+
+def settle(known: Group, group: dict[str, Any], changed: Mapping[str, Any], tree: Any) -> None:
+    """Note the hyper-parameters that were taken over, and show in the group those that follow from them."""
+    if not changed:
+        return
+    values = known.entries.values(tree._heads[known.slots[0]].rule) if known.slots else {}
+    if values and "betas" in changed and not known.entries.own_betas:
+        values["betas"] = (values["betas"][0], *changed["betas"][1:])
+    group.update({key: value for key, value in values.items() if key not in changed})
+    known.seen.update(values, **changed)
+
+
+def refuse_overlaps(groups: Sequence[Sequence[tuple[int, Any]]], names: Sequence[str]) -> None:
+    """Raise TieError for parameters of one memory of which one has just come."""
+    for places in groups:
+        if len(places) > 1:
+            first, second = (names[i] for i, _ in places[:2])
+            msg = f"{first!r} and {second!r} share their memory; give both at once, when the optimizer is made"
+            raise TieError(msg)
