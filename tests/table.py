@@ -560,6 +560,25 @@ ROWS = (
         rebuilds=False,
     ),
     Row(
+        "Quantised",
+        opt.Quantised,
+        (
+            opt.Quantised(opt.AdamW(0.1, lambda_=0.1)),
+            opt.Quantised(opt.Adam(0.1), block=5),
+            opt.Quantised(opt.OptimiserChain(opt.ClipNorm(0.5), opt.Momentum(0.1)), block=4, code="linear"),
+        ),
+        complex=False,
+        law="none",
+        like_x=False,  # codes are 8 bits wide, and scales fewer
+        bad=(
+            ({"rule": 0.1}, RuleError, "Quantised(rule, bits): rule must be a rule; got"),
+            ({"rule": opt.Adam(), "bits": 2}, HyperParameterError, "Quantised: field 'bits' must be 8; got 2"),
+            ({"rule": opt.Adam(), "block": 0}, HyperParameterError, "field 'block' must be a whole number >= 1; got 0"),
+            ({"rule": opt.Adam(), "code": "log"}, HyperParameterError, "field 'code' must be one of 'power', 'linear'"),
+            ({"rule": opt.ScheduleFree(opt.Adam())}, RuleError, "put that around: ScheduleFree(Quantised(...))"),
+        ),
+    ),
+    Row(
         "StochasticRounding",
         opt.StochasticRounding,
         (opt.StochasticRounding(opt.Adam()), opt.StochasticRounding(opt.Momentum(0.1), seed=3)),

@@ -9,7 +9,10 @@ import torch
 import optimisers as opt
 from golden_data import made, numpy_of
 from looped import held
+from optimisers.arrays import is_number
 from optimisers.errors import ArgumentError, HyperParameterError, RuleError
+from optimisers.rules._precision import state_leaves
+from optimisers.rules.wrappers import quantised
 from running import run
 
 TEN = (
@@ -256,6 +259,91 @@ def test_projected_steps_end_in_the_set(rule, onto, kind):
     np.testing.assert_allclose(run(opt.Projected(rule, onto), x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
     given = opt.Projected(rule, lambda x: made(SETS[onto](numpy_of(x)), kind))
     np.testing.assert_allclose(run(given, x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+
+
+# --- Quantised ------------------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("code", ["power", "linear"])
+@around_ten
+def test_moments_in_codes_are_the_moments_to_two_percent_of_their_size(rule, code, kind):
+    if isinstance(rule, opt.Apollo):
+        return
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, 16, 32)) * np.exp(rng.standard_normal((2, 16, 32)))
+    state, _ = opt.update(opt.setup(opt.Quantised(rule, code=code), made(x, kind)), made(x, kind), made(g, kind))
+    alone, _ = opt.update(opt.setup(rule, made(x, kind)), made(x, kind), made(g, kind))
+    (inner,) = state[()].state
+    decoded = opt.Quantised(rule, code=code)._decoded(inner)
+    for found, exact in zip(state_leaves(decoded), state_leaves(alone[()].state), strict=True):
+        if is_number(exact) or not exact.ndim:
+            assert found == exact
+            continue
+        found, exact = numpy_of(found).reshape(2, 256), numpy_of(exact).reshape(2, 256)
+        top = abs(exact).max(axis=1, keepdims=True)
+        levels = 255 if (exact >= 0).all() else 127
+        power = 1 if code == "linear" else 4 if levels == 255 else 2
+        near = (abs(exact) / top) ** (1 / power)
+        assert (abs((abs(found) / top) ** (1 / power) - near) <= 1 / levels).all()
+        assert (np.sign(found) * np.sign(exact) >= 0).all()
+        if levels == 255:
+            assert ((found > 0) == (exact > 0)).all()
+
+
+@both_kinds
+def test_states_in_eight_bits_take_a_quarter_of_the_memory(kind):
+    x = made({"w": np.zeros((512, 768), np.float32)}, kind)
+    alone, narrow = (state_leaves(opt.setup(rule, x)["w"].state) for rule in (opt.AdamW(), opt.Quantised(opt.AdamW())))
+    sizes = [sum(leaf.nbytes for leaf in leaves if not is_number(leaf)) for leaves in (alone, narrow)]
+    assert sizes[1] <= 0.27 * sizes[0]
+
+
+@both_kinds
+def test_large_arrays_are_stepped_by_pieces_as_they_would_be_whole(kind, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, *grads = rng.standard_normal((4, 30, 37))
+    rule = opt.Quantised(opt.OptimiserChain(opt.ClipGrad(0.5), opt.AdamW(0.1)), block=16)
+    whole = run(rule, x, grads, kind)
+    monkeypatch.setattr(quantised, "PIECE", 100)
+    np.testing.assert_array_equal(run(rule, x, grads, kind), whole)
+    waiting = opt.OptimiserChain(opt.Quantised(opt.OptimiserChain(opt.AccumGrad(3), opt.Descent(0.1)), block=16))
+    expected = np.stack([x, x, x - 0.1 * np.mean(grads, axis=0)])
+    np.testing.assert_allclose(run(waiting, x, grads, kind), expected, atol=0.01)
+
+
+@both_kinds
+def test_quantised_adamw_finds_what_adamw_finds(kind):
+    rng = np.random.default_rng(2)
+    target, x = rng.standard_normal((2, 20, 30))
+    scale = np.geomspace(0.01, 10, 30)
+    ends = []
+    for rule in (opt.AdamW(0.02), opt.Quantised(opt.AdamW(0.02), block=64)):
+        state, w = opt.setup(rule, made(x, kind)), made(x, kind)
+        goal, weights = made(target, kind), made(scale, kind)
+        for _ in range(200):
+            state, w = opt.update(state, w, (w - goal) * weights)
+        ends.append(abs(numpy_of(w) - target).max())
+    assert ends[1] < max(2 * ends[0], 0.02)
+
+
+def test_a_block_that_is_not_finite_is_nan_and_the_others_are_not():
+    x = np.zeros(8, np.float32)
+    for bad in (np.nan, np.inf, -np.inf):
+        g = np.ones(8, np.float32)
+        g[1] = bad
+        state, _ = opt.update(opt.setup(opt.Quantised(opt.Momentum(), block=4), x), x, g)
+        _, after = opt.update(state, x, np.zeros(8, np.float32))
+        assert np.isnan(after[:4]).all()
+        assert np.isfinite(after[4:]).all()
+
+
+def test_only_states_like_the_parameter_are_quantised():
+    x = np.zeros((4, 6))
+    with pytest.raises(
+        RuleError, match=re.escape("the state of Apollo holds an array of shape (2, 6) for a parameter of shape (4, 6)")
+    ):
+        opt.setup(opt.Quantised(opt.Apollo(0.1, 2)), x)
 
 
 # --- all ------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Dispatch is by type. torch is never imported here: if an array is a tensor, torch is there already.
 """
 
+from ._codes import decoded as decoded
+from ._codes import encoded as encoded
 from ._elementwise import abs2 as abs2
 from ._elementwise import absolute as absolute
 from ._elementwise import add_multiple as add_multiple

@@ -52,6 +52,7 @@ from .wrappers.compensated import Compensated as Compensated
 from .wrappers.lookahead import Lookahead as Lookahead
 from .wrappers.mixedprecision import MixedPrecision as MixedPrecision
 from .wrappers.projected import Projected as Projected
+from .wrappers.quantised import Quantised as Quantised
 from .wrappers.scheduled import Scheduled as Scheduled
 from .wrappers.schedulefree import ScheduleFree as ScheduleFree
 from .wrappers.stochasticrounding import StochasticRounding as StochasticRounding
