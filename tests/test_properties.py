@@ -417,10 +417,8 @@ def test_state_dtype(row, rule, lib):
         state = opt.setup(rule, {"x": x}, state_dtype=wanted)
         model = {"x": x}
         for _ in range(3):
-            arrays = [
-                leaf for leaf in state_leaves(state["x"].state) if kind(leaf) and leaf.ndim and dtype_name(leaf) != "int8"
-            ]
-            assert {dtype_name(leaf) for leaf in arrays} <= {wanted} | master
+            arrays = [leaf for leaf in state_leaves(state["x"].state) if kind(leaf) and leaf.ndim]
+            assert {dtype_name(leaf) for leaf in arrays} <= {wanted, "int8"} | master  # codes have no other dtype
             state, model = opt.update(state, model, {"x": draw(3, 4)})
             assert dtype_name(model["x"]) == own
 

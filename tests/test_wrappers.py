@@ -276,11 +276,11 @@ def test_moments_in_codes_are_the_moments_to_two_percent_of_their_size(rule, cod
     alone, _ = opt.update(opt.setup(rule, made(x, kind)), made(x, kind), made(g, kind))
     (inner,) = state[()].state
     decoded = opt.Quantised(rule, code=code)._decoded(inner)
-    for found, exact in zip(state_leaves(decoded), state_leaves(alone[()].state), strict=True):
-        if is_number(exact) or not exact.ndim:
-            assert found == exact
+    for ours, theirs in zip(state_leaves(decoded), state_leaves(alone[()].state), strict=True):
+        if is_number(theirs) or not theirs.ndim:
+            assert ours == theirs
             continue
-        found, exact = numpy_of(found).reshape(2, 256), numpy_of(exact).reshape(2, 256)
+        found, exact = numpy_of(ours).reshape(2, 256), numpy_of(theirs).reshape(2, 256)
         top = abs(exact).max(axis=1, keepdims=True)
         levels = 255 if (exact >= 0).all() else 127
         power = 1 if code == "linear" else 4 if levels == 255 else 2
@@ -340,9 +340,8 @@ def test_a_block_that_is_not_finite_is_nan_and_the_others_are_not():
 
 def test_only_states_like_the_parameter_are_quantised():
     x = np.zeros((4, 6))
-    with pytest.raises(
-        RuleError, match=re.escape("the state of Apollo holds an array of shape (2, 6) for a parameter of shape (4, 6)")
-    ):
+    text = "the state of Apollo holds an array of shape (2, 6) for a parameter of shape (4, 6)"
+    with pytest.raises(RuleError, match=re.escape(text)):
         opt.setup(opt.Quantised(opt.Apollo(0.1, 2)), x)
 
 
