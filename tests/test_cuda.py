@@ -80,6 +80,32 @@ def test_arrays_that_begin_anywhere_and_rules_that_differ(verb, shim, by_loops):
     assert_same(found, by_loops(rule, model, grads, verb), exact=False, dtype="float32")
 
 
+WHOLE = (
+    opt.Muon(),
+    opt.Muon(mu=0.5, lambda_=0.1),
+    opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.Orthogonalise(), opt.AdamW(1e-2)),
+    opt.OptimiserChain(opt.Momentum(1.0), opt.Orthogonalise(), opt.ClipNorm(0.1)),
+    opt.MixedPrecision(opt.Muon()),
+)
+
+
+@VERBS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", WHOLE, ids=[str(i) for i in range(len(WHOLE))])
+def test_kernels_around_transforms_of_whole_matrices(rule, dtype, verb, shim, by_loops):
+    """On a device all matrices that are alike are transformed together, also those that the host takes by twos."""
+    shapes = ((6, 8), (6, 8), (6, 8), (30, 4), (8, 6), (2, 3, 4))
+    model, grads = problem("torch", dtype, shapes=shapes, absent=False)
+    found = run(rule, model, grads, verb)
+    assert shim.counts["pass_1"]
+    assert_same(found, by_loops(rule, model, grads, verb), exact=False, dtype=dtype, least=2e-5)
+
+
+def test_matrices_that_are_alike_are_one_stack(shim):
+    found = counted(opt.Muon(), [(40, 30)] * 20 + [(30, 20)] * 4, shim)
+    assert found["pass_0"] == found["pass_1"] == 2  # once for each stack
+
+
 # --- how often they are launched ----------------------------------------------------------------------------------------------
 
 
