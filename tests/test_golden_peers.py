@@ -27,8 +27,11 @@ class Ours(NamedTuple):
     rule: str
     note: str = ""
     within: float = CLOSE
+    vectors: str = ""
+    """The setting for arrays of fewer than two dimensions, where it is another."""
 
 
+LAMB = "decays before the step, not in it; corrects only the mean, after the ratio is taken; limits the array's norm to 10"
 CONVENTIONS = {
     "pytorch_optimizer==4.1.0 AdEMAMix(lr=0.01)": Ours("AdEMAMix(0.01)"),
     "pytorch_optimizer==4.1.0 AdEMAMix(lr=0.02, betas=(0.8, 0.95, 0.99), alpha=2.0, weight_decay=0.1, weight_decouple=True, "
@@ -91,6 +94,37 @@ CONVENTIONS = {
         "OptimiserChain(Momentum(1.0), Sign(), Descent(0.01))", "the sign of the momentum"
     ),
     "pytorch_optimizer==4.1.0 SignSGD(lr=0.02, momentum=0.0)": Ours("OptimiserChain(Sign(), Descent(0.02))"),
+    "pytorch_optimizer==4.1.0 MARS(lr=0.01, optimize_1d=True)": Ours(
+        "Mars(0.01, from_zero=True)", "adds epsilon before the correction, and 1e-15 below the root", NARROW
+    ),
+    "pytorch_optimizer==4.1.0 MARS(lr=0.02, betas=(0.8, 0.95), gamma=0.1, weight_decay=0.1, optimize_1d=True)": Ours(
+        "Mars(0.02, (0.8, 0.95), 0.1, gamma=0.1, from_zero=True)", "the same", NARROW
+    ),
+    "timm==1.0.31 Mars(lr=0.01, optimize_1d=True)": Ours("Mars(0.01, (0.9, 0.99))"),
+    "pytorch_optimizer==4.1.0 StableAdamW(lr=0.01, kahan_sum=False)": Ours("StableAdamW(0.01, lambda_=0.01)"),
+    "pytorch_optimizer==4.1.0 StableAdamW(lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, kahan_sum=False)": Ours(
+        "StableAdamW(0.02, (0.8, 0.95), 0.1)"
+    ),
+    "optax==0.2.8 novograd(learning_rate=0.01)": Ours("NovoGrad(0.01, (0.9, 0.25), epsilon=1e-6)"),
+    "timm==1.0.31 NvNovoGrad(lr=0.01, weight_decay=0.01)": Ours(
+        "NovoGrad(0.01, lambda_=0.01)", "keeps the squared norm in float32", NARROW
+    ),
+    "pytorch_optimizer==4.1.0 Lamb(lr=0.01, max_grad_norm=0.0)": Ours("", LAMB),
+    "pytorch_optimizer==4.1.0 Lamb(lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, max_grad_norm=0.0)": Ours("", LAMB),
+    "optax==0.2.8 lamb(learning_rate=0.01, weight_decay=0.05)": Ours("Lamb(0.01, lambda_=0.05)"),
+    "timm==1.0.31 Lamb(lr=0.01, weight_decay=0.1, max_grad_norm=None)": Ours("Lamb(0.01, lambda_=0.1)"),
+    "pytorch_optimizer==4.1.0 LARS(lr=0.1)": Ours("Lars(0.1)", "steps vectors by Momentum", vectors="Momentum(0.1)"),
+    "pytorch_optimizer==4.1.0 LARS(lr=0.2, weight_decay=0.05, momentum=0.8, trust_coefficient=0.01)": Ours(
+        "Lars(0.2, 0.8, 0.05, 0.01)", "the same", vectors="Momentum(0.2, 0.8)"
+    ),
+    "optax==0.2.8 lars(learning_rate=0.1, weight_decay=0.01)": Ours("Lars(0.1, lambda_=0.01, joint=True)"),
+    "timm==1.0.31 Lars(lr=0.5, momentum=0.9, weight_decay=0.01)": Ours("Lars(0.5, lambda_=0.01, epsilon=1e-8)"),
+    "prodigyopt==1.1.2 Prodigy(lr=1.0, d0=0.01)": Ours("Prodigy(d0=0.01)"),
+    "prodigyopt==1.1.2 Prodigy(lr=0.5, d0=0.01, betas=(0.8, 0.95), weight_decay=0.1, use_bias_correction=True, "
+    "safeguard_warmup=True)": Ours("Prodigy(0.5, (0.8, 0.95), 0.1, d0=0.01, debias=True, safeguard=True)"),
+    "optax==0.2.8 contrib.prodigy(learning_rate=1.0, estim_lr0=0.01)": Ours("Prodigy(d0=0.01, debias=True)"),
+    "optax==0.2.8 contrib.dog(learning_rate=1.0)": Ours("DoG()"),
+    "optax==0.2.8 contrib.dowg(learning_rate=1.0)": Ours("DoG(epsilon=1e-4, start=0.01, relative=0.0, weighted=True)"),
 }
 
 
@@ -112,8 +146,8 @@ def test_recorded_trajectories(method, source, kind):
     ours = CONVENTIONS[source]
     if not ours.rule:
         return
-    rule = eval(ours.rule, vars(opt))
     for record in recorded(method)[source]:
+        rule = eval(ours.vectors if ours.vectors and record.x0.ndim < 2 else ours.rule, vars(opt))
         error = abs(run(rule, record.x0, record.grads, kind) - record.xs).max()
         assert error <= tolerance(record, ours.within), f"{record.dtype}, shape {record.x0.shape}"
 
@@ -164,7 +198,27 @@ def optax_adan(record, eta, lambda_):
         yield x
 
 
+def pytorch_lamb(record, eta, beta, lambda_):
+    """LAMB as pytorch_optimizer has it."""
+    x, m, v = record.x0, 0.0, 0.0
+    for t, g in enumerate(record.grads, 1):
+        m = beta[0] * m + (1 - beta[0]) * g
+        v = beta[1] * v + (1 - beta[1]) * g * g
+        x = x * (1 - eta * lambda_)
+        step = m / (np.sqrt(v) + 1e-6)
+        ratio = min(np.linalg.norm(x), 10) / (np.linalg.norm(step) + 1e-6)
+        x = x - eta / (1 - beta[0] ** t) * ratio * step
+        yield x
+
+
 DEPARTURES = {
+    ("lamb", "pytorch_optimizer==4.1.0 Lamb(lr=0.01, max_grad_norm=0.0)"): lambda record: pytorch_lamb(
+        record, 0.01, (0.9, 0.999), 0.0
+    ),
+    (
+        "lamb",
+        "pytorch_optimizer==4.1.0 Lamb(lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, max_grad_norm=0.0)",
+    ): lambda record: pytorch_lamb(record, 0.02, (0.8, 0.95), 0.1),
     ("adan", "optax==0.2.8 adan(learning_rate=0.01, weight_decay=0.02)"): lambda record: optax_adan(record, 0.01, 0.02),
 }
 
@@ -179,3 +233,34 @@ def test_departures_are_as_named(method, source):
 
 def test_every_source_without_a_setting_is_a_departure():
     assert {source for source, ours in CONVENTIONS.items() if not ours.rule} == {source for _, source in DEPARTURES}
+
+
+# --- numbers over several arrays -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("rule", [opt.DoG(relative=0.1), opt.DoG(weighted=True, start=0.1), opt.Prodigy(d0=0.1, debias=True)])
+def test_arrays_of_a_group_are_measured_as_one(rule, kind):
+    """Two arrays are stepped as the one array that holds both."""
+    rng = np.random.default_rng(3)
+    x, grads = rng.standard_normal(6), rng.standard_normal((8, 6))
+    whole = run(rule, x, grads, kind)
+    model = {"a": made(x[:2], kind), "b": made(x[2:], kind)}
+    state = opt.setup(rule, model)
+    for expected, g in zip(whole, grads, strict=True):
+        state, model = opt.update(state, model, {"a": made(g[:2], kind), "b": made(g[2:], kind)})
+        found = np.concatenate([numpy_of(model["a"]), numpy_of(model["b"])])
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [opt.DoG(relative=0.1), opt.Prodigy(d0=0.1)])
+def test_an_array_that_was_absent_takes_what_the_others_have_found(rule):
+    rng = np.random.default_rng(4)
+    model = {"a": rng.standard_normal(3), "b": rng.standard_normal(2)}
+    state = opt.setup(rule, model)
+    for _ in range(5):
+        state, model = opt.update(state, model, {"a": rng.standard_normal(3), "b": None})
+    state, _ = opt.update(state, model, {"a": rng.standard_normal(3), "b": rng.standard_normal(2)})
+    shared = {name: next(part for part in state[name].state if isinstance(part, tuple) and len(part) == 3) for name in model}
+    assert shared["a"][:2] == shared["b"][:2]
+    assert (shared["a"][2], shared["b"][2]) == (6, 1)

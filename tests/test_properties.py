@@ -496,6 +496,8 @@ def test_absent_gradient_is_no_step(row, rule, lib):
 @every()
 def test_what_others_write_to_a_parameter_stays(row, rule, lib):
     """No rule holds a copy of the parameter that it puts in the place of values loaded, averaged or clamped since."""
+    if row.name in {"DoG", "Prodigy"}:
+        pytest.skip("its step grows with the distance from the start, however it came about")
     for dtype in accepted(row, lib):
         draw = Draw(lib, dtype)
         model = draw.model(row)

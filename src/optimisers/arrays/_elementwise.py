@@ -12,6 +12,8 @@ from . import _tape
 from ._kinds import Array, as_array, is_complex, is_number, kind, namespace
 from ._traced import Traced, extremum, filled, select, unary
 
+_NUMBERS = (int, float)
+
 
 def zeros_like(x: Array, *, real: bool = False) -> Array:
     """Zeros of x's shape, dtype, device and strides; with ``real``, of the real dtype of a complex x."""
@@ -119,7 +121,7 @@ def minimum(a: Array, b: Array) -> Array:
 def _extremum(name: str, clamp: str, a: Array, b: Array) -> Array:
     if isinstance(a, Traced) or isinstance(b, Traced):
         return extremum(name[:3], a, b)
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+    if type(a) in _NUMBERS and type(b) in _NUMBERS:
         return getattr(np, name)(a, b).item()  # a number as they are: NumPy's would widen what it meets
     if kind(a) is None and kind(b) is not None:
         a, b = b, a

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..arrays import Array, norm
+from collections.abc import Sequence
+
+from ..arrays import Array, norm, stack, where
 from ._base import MeasuredRule, State
 
 
@@ -16,3 +18,10 @@ class NormRule(MeasuredRule):
         if super().fault(measure) is None:
             return None
         return f"the {getattr(self, 'p', 2.0):g}-norm of its gradient is {measure[0]}"
+
+
+def latest(numbers: Sequence[Array], steps: Sequence[Array]) -> Array:
+    """The number that the arrays of a scope share, of those which have taken most steps (others were absent in some)."""
+    counts = stack(steps)
+    last = counts == counts.max()
+    return where(last, stack(numbers), 0.0).sum() / last.sum()
