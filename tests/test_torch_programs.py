@@ -260,3 +260,72 @@ def run(kind, seed):
 def test_programs_end_where_torch_ends(kind):
     for seed in range(COUNT):
         run(kind, seed)
+
+
+# --- several rules at once, against a state for each parameter on its own -------------------------------------------------
+
+ROUTED = opt.Route(
+    (lambda p: p.ndim == 2, opt.Muon(ns=opt.NewtonSchulz(dtype="float64"))), otherwise=opt.AdamW(0.01, lambda_=0.1)
+)
+
+
+class Alone:
+    """What steps one parameter, in no company."""
+
+    def __init__(self, x):
+        self.x = x.detach().clone()
+        self.state = opt.setup(
+            opt.Muon(ns=opt.NewtonSchulz(dtype="float64")) if x.ndim == 2 else opt.AdamW(0.01, lambda_=0.1), self.x
+        )
+
+    def step(self, dx, eta):
+        self.state, self.x = opt.update(opt.adjust(self.state, eta), self.x, dx)
+
+
+def run_routed(seed):
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def parameter(ndim):
+        return torch.nn.Parameter(torch.randn([(), (3,), (4, 2)][ndim], generator=generator, dtype=torch.float64))
+
+    params = [(f"p{i}", parameter(1 + i % 2)) for i in range(5)]
+    optimizer = optimisers.torch.Optimizer(ROUTED, params)
+    alone = {x: Alone(x) for _, x in params}
+    out = []
+    for _ in range(12):
+        group = choose.choice(optimizer.param_groups)
+        here = group["params"]
+        action = choose.choice(["reorder", "groups", "exchange", "remove", "put back", "reset", "rate", "load"])
+        if action == "reorder":
+            choose.shuffle(here)
+        elif action == "groups":
+            optimizer.param_groups.reverse()
+        elif action == "exchange" and here:
+            here[0] = parameter(here[0].ndim)
+            alone[here[0]] = Alone(here[0])
+        elif action == "remove" and len(here) > 1:
+            out.append((group, here.pop()))
+        elif action == "put back" and out:
+            home, x = out.pop()
+            home["params"].append(x)
+        elif action == "reset" and here:
+            del optimizer.state[here[-1]]
+            alone[here[-1]] = Alone(alone[here[-1]].x)
+        elif action == "rate":
+            group["lr"] = choose.choice([0.0, 0.02, 0.5])
+        elif action == "load" and not out:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for group in optimizer.param_groups:
+            for x in group["params"]:
+                x.grad = torch.randn(x.shape, generator=generator, dtype=x.dtype) if choose.random() < 0.9 else None
+                if x.grad is not None:
+                    alone[x].step(x.grad, group["lr"])
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for x in group["params"]:
+                torch.testing.assert_close(x.detach(), alone[x].x, rtol=1e-12, atol=1e-12, msg=f"{seed} {action}")
+
+
+def test_programs_over_several_rules_step_each_parameter_as_if_alone():
+    for seed in range(COUNT):
+        run_routed(seed)
