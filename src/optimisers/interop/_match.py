@@ -179,6 +179,7 @@ class Loading:
         rule = self._rule(stored.rule, NOTHING, where)
         base = self._rule(stored.base, NOTHING, where)
         try:
+            rule, base = (None if r is None else r.resolved(x, slot.path) for r in (rule, base))
             expected = None if rule is None else initial_state(rule, slot, x, None)
         except (OptimisersError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
             self.problems.mismatched.append(f"{shown(slot.path)}: {type(rule).__name__} refuses it: {error}")

@@ -58,7 +58,8 @@ def described(value: Any, keep: Callable[[Any], str]) -> Any:
         schedules = {name: described(schedule, keep) for name, schedule in value.schedules}
         return {"type": "Scheduled", "fields": {"rule": described(value.rule, keep), "schedules": schedules}}
     if isinstance(value, (AbstractRule, NewtonSchulz)):
-        fields = {f.name: described(getattr(value, f.name), keep) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        names = [f.name for f in dataclasses.fields(value) if not f.name.startswith("_")]  # type: ignore[arg-type]
+        fields = {name: described(getattr(value, name), keep) for name in names}
         return {"type": type_name(type(value)), "fields": fields}
     if callable(value) and not isinstance(value, type):
         return {"callable": f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"}
@@ -121,7 +122,14 @@ def _rule(name: str, fields: Mapping[str, Any], tensor: Callable[[str], Any], li
             raise CheckpointError(msg)
         schedules = {n: rebuilt(v, tensor, known.get(n, NOTHING), f"{place}: the schedule of {n!r}") for n, v in given.items()}
         return _made(place, lambda: Scheduled(inner, **schedules))
-    values = {n: rebuilt(v, tensor, getattr(like, n, NOTHING), f"{place}: field {n!r}") for n, v in fields.items()}
+    # What a rule decides at setup is decided again, or is that of ``like``: a file sets public fields only.
+    values = {
+        n: rebuilt(v, tensor, getattr(like, n, NOTHING), f"{place}: field {n!r}")
+        for n, v in fields.items()
+        if not n.startswith("_")
+    }
+    if like is not NOTHING:
+        values |= {f.name: getattr(like, f.name) for f in dataclasses.fields(like) if f.name.startswith("_")}
     if cls is OptimiserChain:
         members = values.get("rules")
         return _made(place, lambda: OptimiserChain(*members))  # type: ignore[misc]

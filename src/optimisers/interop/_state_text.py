@@ -128,7 +128,7 @@ class Reader:
         array_kind, device = (self.array_kind, self.device) if like is None else (str(kind(like)), _device(like))
         try:
             x = restored(raw, data, array_kind, device)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise Misfit(f"{_at(at)}: {error}") from None
         if like is None and not fixed:
             return x
