@@ -1,6 +1,7 @@
 """Apollo against the textbook formula with explicit projections, and what its projections and its state promise."""
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import optree
@@ -9,7 +10,7 @@ import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
-from optimisers.arrays import normal
+from optimisers.arrays import _random, normal
 from optimisers.tree.show import state_bytes
 from running import run
 
@@ -482,3 +483,46 @@ def test_a_rank_function_must_give_a_number(value):
     with pytest.raises(opt.HyperParameterError, match=r"layer\.w") as raised:
         opt.setup(opt.Apollo(rank=lambda side: value), {"layer": {"w": np.ones((3, 4))}})
     assert f"the rank function gave {value!r} for a side of 4" in str(raised.value)
+
+
+# --- on devices where a projection costs launches -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The projections that are made, on a host that is taken for a device."""
+    found = []
+    normal = _random.normal
+
+    def counted(key, counter, shape, like):
+        found.append((key, counter, shape))
+        return normal(key, counter, shape, like)
+
+    monkeypatch.setattr(_random, "normal", counted)
+    monkeypatch.setattr(_random, "on_cpu", lambda x: False)
+    monkeypatch.setattr(_random, "_recent", OrderedDict())
+    return found
+
+
+def steps_of(rule, count, shape=(6, 8)):
+    generator = torch.Generator().manual_seed(0)
+    model = {"a": torch.randn(shape, generator=generator), "b": torch.randn(shape, generator=generator)}
+    state = opt.setup(rule, model)
+    for _ in range(count):
+        state, model = opt.update(state, model, {k: torch.randn(shape, generator=generator) for k in model})
+    return model
+
+
+def test_a_projection_is_made_once_a_refresh_on_a_device(drawn, monkeypatch):
+    found = steps_of(opt.Apollo(rank=2, u=3), 7)
+    assert len(drawn) == len(set(drawn)) == 2 * 3  # refreshes 0, 1 and 2 of each array
+    monkeypatch.undo()
+    for name, x in steps_of(opt.Apollo(rank=2, u=3), 7).items():
+        assert torch.equal(found[name], x)
+
+
+def test_projections_that_are_kept_are_bounded(drawn, monkeypatch):
+    monkeypatch.setattr(_random, "_RECENT", 20)
+    steps_of(opt.Apollo(rank=2), 3)  # 2 x 6 numbers for each array
+    assert len(_random._recent) == 1
+    assert len(drawn) == 2 * 3

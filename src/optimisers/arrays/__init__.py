@@ -61,6 +61,7 @@ from ._matrices import quick_in_bfloat16 as quick_in_bfloat16
 from ._matrices import symmetric_matmul as symmetric_matmul
 from ._random import normal as normal
 from ._random import random_bits as random_bits
+from ._random import recent_normal as recent_normal
 from ._random import rounded_at_random as rounded_at_random
 from ._reductions import concatenate as concatenate
 from ._reductions import count_nonfinite as count_nonfinite

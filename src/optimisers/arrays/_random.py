@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 
-from ._host import is_concrete
-from ._kinds import Array, cast_to, namespace
+from ._host import can_read, is_concrete, is_plain
+from ._kinds import Array, cast_to, dtype_name, namespace, real_dtype
+from ._matrices import on_cpu
 from ._reductions import concatenate
 
 # SplitMix64 (Steele, Lea & Flood 2014, https://doi.org/10.1145/2660193.2660195) as a counter-based stream: the i-th number
@@ -61,6 +63,33 @@ def normal(key: Any, counter: Any, shape: tuple[int, ...], like: Array) -> Array
     angle = low * (2 * math.pi / 2.0**32)
     both = concatenate([radius * xp.cos(angle), radius * xp.sin(angle)], axis=0)
     return both[:count].reshape(shape)
+
+
+_RECENT = 2**26
+"""Numbers that are kept between uses, on all devices together."""
+
+_recent: OrderedDict[Any, tuple[Any, Array]] = OrderedDict()
+
+
+def recent_normal(key: Any, counter: Any, shape: tuple[int, ...], like: Array) -> Array:
+    """As `normal`, in the precision of ``like``.
+
+    On devices other than the host, where making them takes some sixty launches, the numbers of a key are kept until another
+    counter is asked for; those that were used last, if there are many keys.
+    """
+    dtype = real_dtype(dtype_name(like))
+    if not (type(key) is int and type(counter) is int and not on_cpu(like) and is_plain(like) and can_read(like)):
+        return cast_to(normal(key, counter, shape, like), dtype)
+    torch = sys.modules["torch"]
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.device.type == "cuda" else 0
+    place = key, shape, dtype, str(like.device), stream, torch.is_inference_mode_enabled()
+    known = _recent.get(place)
+    if known is None or known[0] != counter:
+        known = _recent[place] = counter, cast_to(normal(key, counter, shape, like), dtype)
+    _recent.move_to_end(place)
+    while len(_recent) > 1 and sum(math.prod(at[1]) for at in _recent) > _RECENT:
+        _recent.popitem(last=False)
+    return known[1]
 
 
 def rounded_at_random(x: Array, key: Any, counter: Any) -> Array:

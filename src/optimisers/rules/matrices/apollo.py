@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...arrays import Array, abs2, cast_to, dtype_name, kind, matmul, normal, real_dtype, sqrt, sum_over, zeros
+from ...arrays import Array, abs2, cast_to, dtype_name, kind, matmul, real_dtype, recent_normal, sqrt, sum_over, zeros
 from ...errors import HyperParameterError, RuleError, brief
 from .._base import AbstractRule, CompositeRule, Stages, State
 from .._fields import POSITIVE, Choice, Interval, bounded, whole
@@ -131,12 +131,11 @@ class Apollo(CompositeRule):
 
     def _projection(self, key: Any, refresh: Any, shape: tuple[int, int], like: Array) -> Array:
         """P of shape (rank, projected side), in the precision of the gradient."""
-        dtype = real_dtype(dtype_name(like))
         if self.projection is None:
-            return cast_to(normal(key, refresh, shape, like), dtype) * shape[0] ** -0.5
+            return recent_normal(key, refresh, shape, like) * shape[0] ** -0.5
         given = self.projection(shape, refresh)
         if kind(given) != kind(like) or tuple(given.shape) != shape:
             got = f"{kind(given)} array of shape {tuple(given.shape)}" if kind(given) else type(given).__name__
             msg = f"Apollo: projection must give a {kind(like)} array of shape {shape}, (rank, projected side); got {got}"
             raise RuleError(msg)
-        return cast_to(given, dtype)
+        return cast_to(given, real_dtype(dtype_name(like)))
