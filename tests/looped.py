@@ -60,7 +60,7 @@ def traces():
 
 def is_exact(state):
     """Whether everything that this state's groups were stepped by gives the bits of the rules."""
-    keys = {generation.group.key for generation in state._held.generations}
+    keys = {group_state.group.key for group_state in state._grouped.group_states}
     found = [variant.program.exact for key, variants in group._variants.items() if key[:-1] in keys for variant in variants]
     assert found
     return all(found)
@@ -68,7 +68,7 @@ def is_exact(state):
 
 def held(state):
     """The number of arrays whose state is held by group."""
-    return sum(generation.group.count for generation in getattr(state._held, "generations", ()))
+    return sum(group_state.group.count for group_state in getattr(state._grouped, "group_states", ()))
 
 
 def wide(x):

@@ -374,7 +374,7 @@ def steps_with(changes, update, *, guards=True, monkeypatch=None):
     """The bytes after each step of a line in which the gradients, or the model, change as told."""
     if not guards:
         monkeypatch.setattr(guard, "guard_of", lambda _: None)
-        monkeypatch.setattr(held_module.Lineage, "repeats", property(lambda _: {}, lambda *_: None), raising=False)
+        monkeypatch.setattr(held_module.RunCache, "prepared", property(lambda _: {}, lambda *_: None), raising=False)
     draw = Draw("torch", "float32", 5)
     model = {"a": draw(4, 3), "b": draw(50), "c": draw(1)}
     state = opt.setup(opt.OptimiserChain(opt.ClipGlobalNorm(0.5), opt.Adam(0.1)), model)
@@ -442,8 +442,8 @@ def test_what_is_remembered_of_the_last_step_changes_nothing(update, switch, mon
 def test_a_step_that_is_like_the_last_one_prepares_nothing(switch, monkeypatch):
     switch("1")
     made = []
-    prepared = loops.Loops.prepared
-    monkeypatch.setattr(loops.Loops, "prepared", lambda *args, **kwargs: made.append(1) or prepared(*args, **kwargs))
+    prepare = loops.Loops.prepare
+    monkeypatch.setattr(loops.Loops, "prepare", lambda *args, **kwargs: made.append(1) or prepare(*args, **kwargs))
     draw = Draw("torch", "float32")
     model, grads = ({"a": draw(4, 3), "b": draw(50)} for _ in range(2))
     state = opt.setup(opt.OptimiserChain(opt.ClipNorm(0.5), opt.Adam(0.1)), model)

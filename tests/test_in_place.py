@@ -31,7 +31,7 @@ def test_a_step_in_place_keeps_memory(lib):
     moments = []
     for step in range(4):
         state, model = opt.update_(state, model, arrays(lib, step))
-        moments.append([column.addresses().tolist() for g in state._held.generations for column in g.columns])
+        moments.append([column.addresses().tolist() for g in state._grouped.group_states for column in g.columns])
         assert {key: address(x) for key, x in model.items()} == parameters
     assert moments[0] == moments[1] == moments[2] == moments[3]
 
@@ -42,7 +42,7 @@ def test_the_first_step_in_place_takes_over_large_moments(lib):
     state = opt.setup(opt.Adam(), model)
     before = [address(m) for m in state["w"].state[:2]]
     state, _ = opt.update_(state, model, {"w": 0.1 * model["w"]})
-    assert [column.addresses().tolist() for column in state._held.generations[0].columns] == [[at] for at in before]
+    assert [column.addresses().tolist() for column in state._grouped.group_states[0].columns] == [[at] for at in before]
 
 
 @LIBRARIES

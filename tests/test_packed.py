@@ -140,8 +140,8 @@ def test_blocks_in_other_precisions(without_compiler, name, row, rule, library, 
 def test_without_a_compiler_parameters_are_held_by_group(without_compiler):
     model, grads = problem("numpy", "float32")
     state, _ = opt.update(opt.setup(opt.AdamW(), model), model, grads[0])
-    assert isinstance(state._held, held.Held)
-    assert sum(generation.group.count for generation in state._held.generations) == len(SHAPES)
+    assert isinstance(state._grouped, held.GroupedState)
+    assert sum(group_state.group.count for group_state in state._grouped.group_states) == len(SHAPES)
 
 
 def test_blocks_on_threads(without_compiler, monkeypatch):

@@ -9,15 +9,15 @@ import numpy as np
 
 from ..arrays import address
 from ..errors import TieError
-from .groups.states import Lineage
+from .groups.states import RunCache
 from .groups.step import GroupStep
 from .tracks.single import Job
 
 
-def resolve(lineage: Lineage, steps: Sequence[GroupStep], jobs: Iterable[Job]) -> None:
+def resolve(cache: RunCache, steps: Sequence[GroupStep], jobs: Iterable[Job]) -> None:
     """Refuse parameters that are one array now, and copy gradients that lie in memory to be written."""
     known = [step.group.slots for step in steps]
-    before = lineage.apart
+    before = cache.unaliased
     alone = [(job.path, job.x) for job in jobs]
     same = before is not None and len(before) == len(known) and all(map(is_, before, known))
     if same and not alone and not any(step.moved for step in steps):
@@ -32,8 +32,8 @@ def resolve(lineage: Lineage, steps: Sequence[GroupStep], jobs: Iterable[Job]) -
     if alone or (starts[1:] < ends[:-1]).any():
         xs = [(step.group.paths[int(i)], step.xs[int(i)]) for step in steps for i in step.members]
         _refuse_shared([*xs, *alone])
-    clear = [step.part_from(starts, ends) for step in steps]
-    lineage.apart = known if all(clear) else None
+    clear = [step.copy_aliased(starts, ends) for step in steps]
+    cache.unaliased = known if all(clear) else None
 
 
 def _refuse_shared(parameters: Sequence[tuple[str, object]]) -> None:

@@ -14,9 +14,9 @@ from ..tree.entry import Entry, Lease
 from ..tree.state import StateTree, rebuilt
 from . import aliasing, autograd
 from .groups.group import Group
-from .groups.states import Generation, Held, Lineage, grouped, ungrouped
+from .groups.states import GroupedState, GroupState, RunCache, group_entries, without_groups
 from .groups.step import GroupStep
-from .groups.track import Missed
+from .groups.track import GuardFailed
 from .kernels.cuda.devices import refuse_capture
 from .memory.strides import element_strides, is_loopable
 from .tracks.scheduler import run
@@ -59,64 +59,64 @@ def step_tree(given: Given) -> Stepped:
     """Step all parameters of a state tree. New values that are not written where the old ones were are returned."""
     refuse_capture()
     tree, xs = given.tree, given.xs
-    held = tree._held if isinstance(tree._held, Held) else None
+    grouped = tree._grouped if isinstance(tree._grouped, GroupedState) else None
     ordinary = autograd.is_ordinary()
-    graph = _wants_graph(given, held, ordinary=ordinary)
+    graph = _wants_graph(given, grouped, ordinary=ordinary)
     if graph or not ordinary:
         return _without_groups(given, graph=graph)
-    planned = _planned(tree, held, xs)
-    planned.lineage.steps += 1
+    planned = _planned(tree, grouped, xs)
+    planned.cache.steps += 1
     packs = True
     while True:
         try:
             stepped = _Step(given, planned, packs=packs).taken()
-        except _Refused as refused:
-            planned.lineage.refused.add(refused.key)
-            planned = grouped(tree._entries, xs, planned.lineage, tree._slots)
-        except Missed:
-            planned, packs = planned.dissolved() if planned.generations else planned, False
+        except _NoKernels as refused:
+            planned.cache.refused.add(refused.key)
+            planned = group_entries(tree._entries, xs, planned.cache, tree._slots)
+        except GuardFailed:
+            planned, packs = planned.dissolved() if planned.group_states else planned, False
         else:
-            if planned.generations:
-                planned.lineage.misses = 0
+            if planned.group_states:
+                planned.cache.guard_failures = 0
             return stepped
 
 
 def _without_groups(given: Given, *, graph: bool) -> Stepped:
     """A step in which every array is stepped by its rule, as where a graph is wanted or tensors are not what they seem."""
-    none = ungrouped(given.tree._entries, Lineage(), given.tree._slots)
+    none = without_groups(given.tree._entries, RunCache(), given.tree._slots)
     try:
         stepped = _Step(given, none, graph=graph, packs=not graph).taken()
-    except Missed:
+    except GuardFailed:
         stepped = _Step(given, none, graph=graph, packs=False).taken()
     return stepped._replace(state=rebuilt(given.tree, stepped.state._heads))
 
 
-def _planned(tree: StateTree, held: Held | None, xs: Sequence[Any]) -> Held:
+def _planned(tree: StateTree, grouped: GroupedState | None, xs: Sequence[Any]) -> GroupedState:
     """What the engine holds of the state, by group."""
-    if held is None:
-        return grouped(tree._entries, xs, Lineage(), tree._slots)
-    if held.pending and held.lineage.steps >= held.lineage.again:
-        return grouped(tree._entries, xs, held.lineage, tree._slots)
-    return held
+    if grouped is None:
+        return group_entries(tree._entries, xs, RunCache(), tree._slots)
+    if grouped.pending and grouped.cache.steps >= grouped.cache.regroup_at:
+        return group_entries(tree._entries, xs, grouped.cache, tree._slots)
+    return grouped
 
 
-def _wants_graph(given: Given, held: Held | None, *, ordinary: bool) -> bool:
+def _wants_graph(given: Given, grouped: GroupedState | None, *, ordinary: bool) -> bool:
     """Whether the step is to carry a graph: not if it is taken in place, but inside a transform, where all is new anyway."""
     torch, tree = torch_if_loaded(), given.tree
     if torch is None or (ordinary and given.in_place):
         return False
-    by_group = held if ordinary else None  # groups hold no state and have no rule that requires grad
+    by_group = grouped if ordinary else None  # groups hold no state and have no rule that requires grad
     if by_group is not None and not given.differentiable and not torch.is_grad_enabled():
         return False
     if not any(kind(x) == "torch" for x in given.xs):
         return False
     if given.differentiable or (by_group is not None and autograd.requires_grad(given.dxs)):
         return True
-    entries, slots = (tree._entries, range(len(given.xs))) if by_group is None else (tree._heads, by_group.loose)
+    entries, slots = (tree._entries, range(len(given.xs))) if by_group is None else (tree._heads, by_group.ungrouped)
     return autograd.wants_graph((entries[i], given.xs[i], given.dxs[i]) for i in slots)
 
 
-class _Refused(Exception):  # noqa: N818 (a signal)
+class _NoKernels(Exception):  # noqa: N818 (a signal)
     """No kernels can be made for a group."""
 
     def __init__(self, key: Any) -> None:
@@ -130,7 +130,7 @@ class _Step:
 
     Attributes:
         given: what it is given.
-        held: the states by group, none of which need be in a group.
+        grouped: the states by group, none of which need be in a group.
         graph: whether to carry a graph.
         packs: whether tensors that are in no group may be stepped packed.
         groups: the steps of groups, by their numbers.
@@ -142,7 +142,7 @@ class _Step:
     """
 
     given: Given
-    held: Held
+    grouped: GroupedState
     graph: bool = False
     packs: bool = True
     groups: dict[int, GroupStep] = field(default_factory=dict)
@@ -155,24 +155,24 @@ class _Step:
         """Down to the kernels, and up again with a new state."""
         # Overflow and division by zero give inf and NaN in NumPy's arithmetic, as in loops and in torch.
         with np.errstate(all="ignore"):
-            for number, generation in enumerate(self.held.generations):
-                self._enter(number, generation)
+            for number, group_state in enumerate(self.grouped.group_states):
+                self._enter(number, group_state)
             jobs = self._jobs()
             if self.given.in_place:
-                aliasing.resolve(self.held.lineage, list(self.groups.values()), jobs.values())
+                aliasing.resolve(self.grouped.cache, list(self.groups.values()), jobs.values())
             with autograd.mode(graph=self.graph or not jobs):
                 self._run(jobs)
-            generations = [self._commit(number, generation) for number, generation in enumerate(self.held.generations)]
+            group_states = [self._commit(number, group_state) for number, group_state in enumerate(self.grouped.group_states)]
         self.values.update({i: outcome.x for i, outcome in self.outcomes.items() if outcome.x is not None})
-        return Stepped(self._state(generations), self.values, self.graph)
+        return Stepped(self._state(group_states), self.values, self.graph)
 
     # --- down ---
 
-    def _enter(self, number: int, generation: Generation) -> None:
+    def _enter(self, number: int, group_state: GroupState) -> None:
         """Prepare the step of a group, for those of its members that have a gradient and are laid out as their state is."""
-        given, group = self.given, generation.group
+        given, group = self.given, group_state.group
         xs, dxs = [given.xs[i] for i in group.slots], [given.dxs[i] for i in group.slots]
-        admitted = given.admitted[number] if self.held is given.tree._held else False
+        admitted = given.admitted[number] if self.grouped is given.tree._grouped else False
         if given.in_place and group.library == "numpy" and not all(x.flags.writeable for x in xs):
             admitted = False
         if not admitted:
@@ -183,10 +183,10 @@ class _Step:
                 self.misfits[number] = misfits
         if any(dx is not None for dx in dxs):
             try:
-                last = self.held.lineage.repeats.pop(number, None)
-                self.groups[number] = GroupStep(generation, xs, dxs, regular=admitted, last=last)
+                last = self.grouped.cache.prepared.pop(number, None)
+                self.groups[number] = GroupStep(group_state, xs, dxs, admitted=admitted, last=last)
             except Untraceable:
-                raise _Refused(group.key) from None
+                raise _NoKernels(group.key) from None
 
     def _is_misfit(self, x: Any, group: Group, member: int) -> bool:
         """Whether a parameter does not lie where and as its state does, or cannot be written."""
@@ -196,14 +196,14 @@ class _Step:
 
     def _jobs(self) -> dict[int, Job]:
         """What the rules themselves are to step."""
-        members = (self.held.generations[n].group.slots[k] for n, misfits in self.misfits.items() for k in misfits)
-        return jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, [*self.held.loose, *members])
+        members = (self.grouped.group_states[n].group.slots[k] for n, misfits in self.misfits.items() for k in misfits)
+        return jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, [*self.grouped.ungrouped, *members])
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
         """The entries of all that the rules step; others may be out of date."""
         tree = self.given.tree
-        return tree._heads if tree._held is self.held and not self.misfits else tree._entries
+        return tree._heads if tree._grouped is self.grouped and not self.misfits else tree._entries
 
     def _run(self, jobs: dict[int, Job]) -> None:
         """Run all rules and measures. From where leases are ended on, nothing can fail but for lack of memory."""
@@ -216,38 +216,38 @@ class _Step:
         run([*singles.values(), *packed, *(track for step in self.groups.values() for track in step.tracks)])
         self.outcomes.update({i: single.outcome() for i, single in singles.items()})
         if self.given.in_place:
-            for old in self.held.leases():
+            for old in self.grouped.leases():
                 old.ended = True
             entries = self._entries
-            for i in self.held.loose:
+            for i in self.grouped.ungrouped:
                 entries[i].lease.ended = True
         for track in packed:
             self.outcomes.update(track.commit())
 
     # --- up ---
 
-    def _commit(self, number: int, generation: Generation) -> Generation:
+    def _commit(self, number: int, group_state: GroupState) -> GroupState:
         """Write what a group's kernels compute. Its state after the step."""
-        lineage, in_place, slots = self.held.lineage, self.given.in_place, generation.group.slots
+        cache, in_place, slots = self.grouped.cache, self.given.in_place, group_state.group.slots
         if number not in self.groups:
-            return generation.leased(self.lease) if in_place else generation
+            return group_state.leased(self.lease) if in_place else group_state
         step = self.groups[number]
-        new, made = step.commit(lineage.pool, number, self.lease, in_place=in_place)
+        new, made = step.commit(cache.pool, number, self.lease, in_place=in_place)
         self.values.update({slots[k]: x for k, x in made.items()})
-        if step.repeat is not None:
-            lineage.repeats[number] = step.repeat
+        if step.prepared is not None:
+            cache.prepared[number] = step.prepared
         return new
 
-    def _state(self, generations: list[Generation]) -> StateTree:
+    def _state(self, group_states: list[GroupState]) -> StateTree:
         """The new state: groups, and entries of what the rules have stepped."""
-        tree, entries, loose = self.given.tree, self._entries, set(self.held.loose)
-        held, heads = self.held, tree._heads
-        if tree._held is not held:  # no old arrays are kept alive by entries that are only heads from now on
-            heads = tuple(head if held.where[i] is None else head.replace(state=None) for i, head in enumerate(heads))
-        if loose:
-            heads = tuple(self._after(i, entry) if i in loose else heads[i] for i, entry in enumerate(entries))
-        changed = self._put_misfits(generations)
-        state = rebuilt(tree, heads, held.next(generations, self.lease))
+        tree, entries, ungrouped = self.given.tree, self._entries, set(self.grouped.ungrouped)
+        grouped, heads = self.grouped, tree._heads
+        if tree._grouped is not grouped:  # no old arrays are kept alive by entries that are only heads from now on
+            heads = tuple(head if grouped.where[i] is None else head.replace(state=None) for i, head in enumerate(heads))
+        if ungrouped:
+            heads = tuple(self._after(i, entry) if i in ungrouped else heads[i] for i, entry in enumerate(entries))
+        changed = self._put_misfits(group_states)
+        state = rebuilt(tree, heads, grouped.next(group_states, self.lease))
         if not changed:
             return state
         return rebuilt(tree, [self._after(i, entries[i]) if i in changed else e for i, e in enumerate(state._entries)])
@@ -255,18 +255,18 @@ class _Step:
     def _after(self, slot: int, entry: Entry) -> Entry:
         return entry_after(entry, self.outcomes.get(slot), self.lease, consume=self.given.in_place)
 
-    def _put_misfits(self, generations: list[Generation]) -> set[int]:
+    def _put_misfits(self, group_states: list[GroupState]) -> set[int]:
         """Put the states of misfits into their groups. The slots of all if one has another form now, so that no group fits."""
         fit = True
         for number, members in self.misfits.items():
-            old, new = self.held.generations[number], generations[number]
+            old, new = self.grouped.group_states[number], group_states[number]
             if new is old:
-                new = generations[number] = old.leased(None)
+                new = group_states[number] = old.leased(None)
             states = {k: self.outcomes[old.group.slots[k]].state for k in members}
             fit = new.put(states, {k: self._lease_of(old.group.slots[k], state) for k, state in states.items()}) and fit
         if fit:
             return set()
-        return {self.held.generations[number].group.slots[k] for number, members in self.misfits.items() for k in members}
+        return {self.grouped.group_states[number].group.slots[k] for number, members in self.misfits.items() for k in members}
 
     def _lease_of(self, slot: int, state: Any) -> Lease:
         """The lease of a new state: the old one's as well, if they share an array."""

@@ -49,13 +49,13 @@ def to(state: StateTree, *, device: Any = None, dtype: Any = None) -> StateTree:
 
 def beside(state: StateTree, leaves: Sequence[Any]) -> StateTree:
     """The state with the tensors of every entry on the device of its parameter; the state itself if they are there."""
-    held = state._held
+    grouped = state._grouped
     wrong = []
     for i, slot in enumerate(state._slots):
         x = leaves[slot.places[0].leaf]
         if kind(x) != "torch":
             continue
-        device = held.device(i) if held is not None and held.holds(i) else device_of(state._heads[i].state)
+        device = grouped.device(i) if grouped is not None and grouped.holds(i) else device_of(state._heads[i].state)
         if device is not None and device != x.device:
             wrong.append(i)
     if not wrong:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded, without_autocast
-from ..engine.groups.states import Held
+from ..engine.groups.states import GroupedState
 from ..engine.tree_step import Given, step_tree
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
@@ -60,10 +60,10 @@ def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -
     with without_autocast():
         stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
     leaves = list(work.leaves)
-    held, slots = stepped.state._held, state._slots
-    if isinstance(held, Held) and held.single and not stepped.graph and _are_plain(work.xs):
+    grouped, slots = stepped.state._grouped, state._slots
+    if isinstance(grouped, GroupedState) and grouped.single and not stepped.graph and _are_plain(work.xs):
         for i, value in stepped.values.items():
-            leaves[held.first[i]] = value
+            leaves[grouped.first[i]] = value
         return stepped.state, state._structure.unflatten(model, leaves)
     finish = finisher(graph=stepped.graph)
     for i, value in stepped.values.items():
@@ -94,8 +94,8 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         leaves = list(work.leaves)
         replaced = False
         values = stepped.values
-        if isinstance(stepped.state._held, Held):  # places that setup saw tied, and that are apart now
-            values |= {i: work.xs[i] for i in stepped.state._held.tied if work.dxs[i] is not None and i not in values}
+        if isinstance(stepped.state._grouped, GroupedState):  # places that setup saw tied, and that are apart now
+            values |= {i: work.xs[i] for i in stepped.state._grouped.tied if work.dxs[i] is not None and i not in values}
         for i, new in values.items():
             written: list[Any] = []
             for place in state._slots[i].places:
@@ -135,19 +135,19 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     structure, slots = state._structure, state._slots
     leaves = structure.flatten(model)
     given = [leaf.grad for leaf in leaves] if from_module else structure.align(model, grads)
-    held = state._held
-    first = held.first if isinstance(held, Held) else [slot.places[0].leaf for slot in slots]
+    grouped = state._grouped
+    first = grouped.first if isinstance(grouped, GroupedState) else [slot.places[0].leaf for slot in slots]
     xs = [leaves[leaf] for leaf in first]
     dxs = [given[leaf] for leaf in first]
-    if not isinstance(held, Held):
+    if not isinstance(grouped, GroupedState):
         _check(state, range(len(slots)), xs, dxs, given)
         return Work(leaves, xs, dxs, [])
-    for i in held.idle:
+    for i in grouped.idle:
         dxs[i] = None
-    _check(state, held.apart, xs, dxs, given)
+    _check(state, grouped.checked_singly, xs, dxs, given)
     admitted = []
-    for generation in held.generations:
-        group = generation.group
+    for group_state in grouped.group_states:
+        group = group_state.group
         alike = group.admits([xs[i] for i in group.slots], [dxs[i] for i in group.slots])
         admitted.append(alike)
         if not alike:
@@ -172,10 +172,10 @@ def _check_device(slot: Slot, state: StateTree, i: int, x: Any) -> None:
     """Raise StructureError if the parameter was moved since setup, and its state was not."""
     if kind(x) != "torch":
         return
-    held = state._held is not None and state._held.holds(i)
-    if held and x.is_cpu:
+    grouped = state._grouped is not None and state._grouped.holds(i)
+    if grouped and x.is_cpu:
         return
-    device = device_of(state._entries[i].state if held else state._heads[i].state)
+    device = device_of(state._entries[i].state if grouped else state._heads[i].state)
     if device is not None and device != x.device:
         remedy = f"move the state as well, state = opt.to(state, device={str(x.device)!r})"
         if device.type == "meta":

@@ -23,7 +23,7 @@ from .show import rows_of, state_html, state_rich, state_table
 from .structure import ModuleStructure, Structure, TreeStructure
 
 
-class HeldStates(Protocol):
+class StatesByGroup(Protocol):
     """States that the engine holds by group, to be shown by leaf."""
 
     def is_empty(self) -> bool:
@@ -41,7 +41,7 @@ class HeldStates(Protocol):
     def ended(self, heads: Sequence[Entry]) -> bool:
         """Whether ``update_`` has taken over memory of these states."""
 
-    def with_heads(self, heads: Sequence[Entry]) -> HeldStates | None:
+    def with_heads(self, heads: Sequence[Entry]) -> StatesByGroup | None:
         """The same states with other rules; None if they cannot be held by group any more."""
 
 
@@ -56,14 +56,14 @@ class StateTree:
     of rules that are tensors; a tied array appears once.
     """
 
-    __slots__ = ("_heads", "_held", "_plan", "_slots", "_structure", "_whole")
+    __slots__ = ("_grouped", "_heads", "_plan", "_slots", "_structure", "_whole")
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     _structure: Structure
     _slots: tuple[Slot, ...]
     _heads: tuple[Entry, ...]
     """The entries, but states that are held by group are out of date in them, and so are their leases."""
-    _held: HeldStates | None
+    _grouped: StatesByGroup | None
     _whole: tuple[Entry, ...] | None
 
     _plan: Plan
@@ -73,7 +73,7 @@ class StateTree:
         structure: Structure,
         slots: tuple[Slot, ...],
         entries: Iterable[Entry],
-        held: HeldStates | None = None,
+        grouped: StatesByGroup | None = None,
         *,
         plan: Plan | None = None,
     ) -> None:
@@ -81,17 +81,17 @@ class StateTree:
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_slots", slots)
         object.__setattr__(self, "_heads", heads)
-        object.__setattr__(self, "_held", held)
+        object.__setattr__(self, "_grouped", grouped)
         object.__setattr__(self, "_plan", plan or Plan(structure, slots))
-        object.__setattr__(self, "_whole", heads if held is None or held.is_empty() else None)
+        object.__setattr__(self, "_whole", heads if grouped is None or grouped.is_empty() else None)
         _register_with_torch()
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
         """What is kept for each slot; states that are held by group are shown by leaf."""
         if self._whole is None:
-            held: Any = self._held
-            shown = tuple(held.entry(i, head) for i, head in enumerate(self._heads))
+            grouped: Any = self._grouped
+            shown = tuple(grouped.entry(i, head) for i, head in enumerate(self._heads))
             object.__setattr__(self, "_whole", shown)
         return self._whole  # type: ignore[return-value]
 
@@ -233,24 +233,24 @@ def check_alive(state: StateTree) -> None:
 
 
 def _has_ended(state: StateTree) -> bool:
-    if state._held is not None:
-        return state._held.ended(state._heads)
+    if state._grouped is not None:
+        return state._grouped.ended(state._heads)
     return any(entry.lease.ended for entry in state._heads)
 
 
-def rebuilt(state: StateTree, entries: Iterable[Entry], held: HeldStates | None = None) -> StateTree:
+def rebuilt(state: StateTree, entries: Iterable[Entry], grouped: StatesByGroup | None = None) -> StateTree:
     """The same tree with other entries, or states that are held otherwise."""
-    return StateTree(state._structure, state._slots, entries, held, plan=state._plan)
+    return StateTree(state._structure, state._slots, entries, grouped, plan=state._plan)
 
 
 def reruled(state: StateTree, heads: Iterable[Entry]) -> StateTree:
     """The same states with other rules, or frozen ones: ``heads`` are the tree's own but for these."""
     new = tuple(heads)
-    held = None if state._held is None else state._held.with_heads(new)
-    if state._held is not None and held is None:
+    grouped = None if state._grouped is None else state._grouped.with_heads(new)
+    if state._grouped is not None and grouped is None:
         whole = state._entries
         new = tuple(e.replace(rule=h.rule, base=h.base, frozen=h.frozen) for e, h in zip(whole, new, strict=True))
-    return rebuilt(state, new, held)
+    return rebuilt(state, new, grouped)
 
 
 # --- pytree ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ...rules._precision import state_leaves, usable_in_float16
 from ..graph.program import Boundary, Part
 from ..graph.trace import filled, nesting, structure_of_rule
 from ..groups.group import Group, hyper_of, inner
-from ..groups.track import Missed, waits
+from ..groups.track import GuardFailed, waits
 from ..groups.variant import Variant
 from ..memory.strides import is_dense
 from ..tracks.checks import Checked
@@ -262,13 +262,13 @@ class Packed(Track):
             run.forget_given()
 
     def _check_guards(self, run: Run) -> None:
-        """Raise Missed unless what was decided from measures still holds; rules that do so read them from the device."""
+        """Raise GuardFailed unless what was decided from measures still holds; rules that do so read them from the device."""
         ahead = [(node, value) for node, value in self.program.late if not waits(node, self.program, self._asked)]
         if ahead:
             inputs = {name: float(self.matrix[0, k]) for name, k in self.program.columns.items()}
             inputs |= {name: float(value) for name, value in run.measures.items()}
             if any(evaluated(node, inputs) != value for node, value in ahead):
-                raise Missed
+                raise GuardFailed
 
     def to_check(self) -> list[Checked]:
         return [

@@ -75,7 +75,7 @@ class DeviceTrack(GroupTrack):
         work = memory.work(table)
         launch(work, memory, work.pieces if pieces else work.arrays, partial)
 
-    def _call(self, index: int, work: Table, *, stack: int = -1, apart: bool = False) -> list[Any]:  # noqa: ARG002
+    def _call(self, index: int, work: Table, *, stack: int = -1, out_of_place: bool = False) -> list[Any]:  # noqa: ARG002
         self._launch(self.loops.source.passes[index], work, pieces=True, stack=stack)
         return []
 

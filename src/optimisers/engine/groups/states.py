@@ -23,17 +23,17 @@ from ..kernels.cuda.devices import device_of
 from ..memory.pool import Column, Pool
 from ..memory.strides import Vector, element_strides, is_loopable
 from .group import Group
-from .track import Repeat
+from .track import PreparedStep
 
 COMPILE_FROM = 2**12
 """Elements from which on a group is worth a compilation at once."""
 COMPILE_AFTER = 64
 """Steps after which it is for smaller ones, where a loop gives the rule's own bits."""
 
-_MISSES = 16
+_GUARD_FAILURES = 16
 
 
-class Generation:
+class GroupState:
     """The state of one group at one time.
 
     Attributes:
@@ -63,10 +63,10 @@ class Generation:
             leaves[i] = self.array(k, member)
         return filled(group.template, iter(leaves))
 
-    def leased(self, lease: Lease | None) -> Generation:
+    def leased(self, lease: Lease | None) -> GroupState:
         """The same memory, taken over by a new lease if there is one."""
         columns = [column if lease is None else column.leased(lease) for column in self.columns]
-        return Generation(self.group, columns, self.counters.copy())
+        return GroupState(self.group, columns, self.counters.copy())
 
     def put(self, states: dict[int, Any], leases: dict[int, Lease]) -> bool:
         """Take the states of parameters that were stepped otherwise; False if one has another form now."""
@@ -96,95 +96,95 @@ def _scalar(value: float, dtype: str, library: str) -> Any:
     return torch.tensor(value, dtype=getattr(torch, dtype), device="cpu")
 
 
-class Lineage:
+class RunCache:
     """What a line of states knows of how it is stepped.
 
     Attributes:
         pool: the memory of its generations.
         steps: how many steps were taken.
-        again: the step from which on groups that were left out are considered again.
-        misses: how many steps in a row measures came out otherwise than loops were made for.
+        regroup_at: the step from which on groups that were left out are considered again.
+        guard_failures: how many steps in a row measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
-        repeats: how each group was stepped last, by its number; taken out while it is being stepped.
-        apart: the groups of the last step, by their slots, if none of its gradients lay in memory to be written.
+        prepared: how each group was stepped last, by its number; taken out while it is being stepped.
+        unaliased: the groups of the last step, by their slots, if none of its gradients lay in memory to be written.
 
     """
 
     def __init__(self) -> None:
         self.pool = Pool()
         self.steps = 0
-        self.again = COMPILE_AFTER
-        self.misses = 0
+        self.regroup_at = COMPILE_AFTER
+        self.guard_failures = 0
         self.refused: set[Any] = set()
-        self.repeats: dict[int, Repeat] = {}
-        self.apart: list[list[int]] | None = None
+        self.prepared: dict[int, PreparedStep] = {}
+        self.unaliased: list[list[int]] | None = None
 
-    def __deepcopy__(self, memo: Any) -> Lineage:
-        return Lineage()
+    def __deepcopy__(self, memo: Any) -> RunCache:
+        return RunCache()
 
 
-class Held:
+class GroupedState:
     """What a state tree holds by group.
 
     Attributes:
-        generations: one for each group.
+        group_states: one for each group.
         where: for each slot (number of the group, number in it), or None.
-        lineage: shared by all states that follow from one another.
+        cache: shared by all states that follow from one another.
         lease: of counters; each column has one of its own.
         pending: whether some groups may become worth a compilation later.
-        loose: the slots that are in no group.
+        ungrouped: the slots that are in no group.
         idle: the slots that are frozen or have no rule.
         first: for each slot the leaf at its first place.
         tied: the slots in groups that stand at several places.
         single: whether every slot stands at one place only.
-        apart: the slots whose gradients are looked at one by one.
+        checked_singly: the slots whose gradients are looked at one by one.
 
     """
 
     def __init__(
         self,
-        generations: list[Generation],
+        group_states: list[GroupState],
         where: list[tuple[int, int] | None],
-        lineage: Lineage,
+        cache: RunCache,
         lease: Lease,
         idle: list[int],
         slots: Sequence[Slot],
         *,
         pending: bool,
     ) -> None:
-        self.generations, self.where, self.lineage, self.lease, self.idle, self.pending = (
-            generations, where, lineage, lease, idle, pending,
+        self.group_states, self.where, self.cache, self.lease, self.idle, self.pending = (
+            group_states, where, cache, lease, idle, pending,
         )  # fmt: skip
-        self.loose = [i for i, place in enumerate(where) if place is None]
+        self.ungrouped = [i for i, place in enumerate(where) if place is None]
         self.first = [slot.places[0].leaf for slot in slots]
         self.tied = [i for i, slot in enumerate(slots) if len(slot.places) > 1 and where[i] is not None]
         self.single = all(len(slot.places) == 1 for slot in slots)
         self._slots = slots
-        self.apart = [*self.loose, *self.tied]
+        self.checked_singly = [*self.ungrouped, *self.tied]
 
-    def next(self, generations: list[Generation], lease: Lease) -> Held:
+    def next(self, group_states: list[GroupState], lease: Lease) -> GroupedState:
         """The states after a step."""
-        new = object.__new__(Held)
+        new = object.__new__(GroupedState)
         new.__dict__.update(self.__dict__)
-        new.generations, new.lease = generations, lease
+        new.group_states, new.lease = group_states, lease
         return new
 
-    def dissolved(self) -> Held:
+    def dissolved(self) -> GroupedState:
         """Nothing held by group, for one step in which measures came out unexpectedly, or for good if that is the rule."""
-        self.lineage.misses += 1
-        if self.lineage.misses > _MISSES:
-            self.lineage.refused.update(generation.group.key for generation in self.generations)
-        self.lineage.again = self.lineage.steps + 1
-        return Held([], [None] * len(self.where), self.lineage, Lease(), self.idle, self._slots, pending=True)
+        self.cache.guard_failures += 1
+        if self.cache.guard_failures > _GUARD_FAILURES:
+            self.cache.refused.update(group_state.group.key for group_state in self.group_states)
+        self.cache.regroup_at = self.cache.steps + 1
+        return GroupedState([], [None] * len(self.where), self.cache, Lease(), self.idle, self._slots, pending=True)
 
     def is_empty(self) -> bool:
         """Whether no state is held so."""
-        return not self.generations
+        return not self.group_states
 
     def device(self, slot: int) -> Any:
         """The device of torch on which the state of this slot lies, if it is held so; None for NumPy's."""
         place = self.where[slot]
-        return None if place is None else self.generations[place[0]].group.place
+        return None if place is None else self.group_states[place[0]].group.place
 
     def holds(self, slot: int) -> bool:
         """Whether the state of this slot is held so."""
@@ -195,15 +195,15 @@ class Held:
         place = self.where[slot]
         if place is None:
             return head
-        generation = self.generations[place[0]]
-        leases = [self.lease, *(column.lease_of(place[1]) for column in generation.columns)]
-        return head.replace(state=generation.state(place[1]), lease=Lease.of(leases))
+        group_state = self.group_states[place[0]]
+        leases = [self.lease, *(column.lease_of(place[1]) for column in group_state.columns)]
+        return head.replace(state=group_state.state(place[1]), lease=Lease.of(leases))
 
     def leases(self) -> set[Lease]:
         """All leases of the memory that is held by group."""
         found = {self.lease}
-        for generation in self.generations:
-            for column in generation.columns:
+        for group_state in self.group_states:
+            for column in group_state.columns:
                 found.add(column.lease)
                 found.update(column.older.values())
         return found
@@ -212,26 +212,26 @@ class Held:
         """Whether ``update_`` has taken over memory of these states."""
         if self.lease.ended:
             return True
-        for generation in self.generations:
-            for column in generation.columns:
+        for group_state in self.group_states:
+            for column in group_state.columns:
                 if column.lease.ended or any(lease.ended for lease in column.older.values()):
                     return True
-        return any(heads[i].lease.ended for i in self.loose)
+        return any(heads[i].lease.ended for i in self.ungrouped)
 
-    def with_heads(self, heads: Sequence[Entry]) -> Held | None:
+    def with_heads(self, heads: Sequence[Entry]) -> GroupedState | None:
         """The same states with other rules; None if they cannot be held by group any more."""
-        generations = []
-        for generation in self.generations:
-            group: Group | None = generation.group
-            rules: list[Any] = [heads[i].rule for i in generation.group.slots]
-            if any(a is not b for a, b in zip(rules, generation.group.rules, strict=True)):
-                group = generation.group.with_rules(rules)
+        group_states = []
+        for group_state in self.group_states:
+            group: Group | None = group_state.group
+            rules: list[Any] = [heads[i].rule for i in group_state.group.slots]
+            if any(a is not b for a, b in zip(rules, group_state.group.rules, strict=True)):
+                group = group_state.group.with_rules(rules)
             if group is None:
                 return None
-            generations.append(Generation(group, generation.columns, generation.counters))
-        held = self.next(generations, self.lease)
-        held.idle = idle_slots(heads)
-        return held
+            group_states.append(GroupState(group, group_state.columns, group_state.counters))
+        grouped = self.next(group_states, self.lease)
+        grouped.idle = idle_slots(heads)
+        return grouped
 
 
 def idle_slots(heads: Sequence[Entry]) -> list[int]:
@@ -239,24 +239,24 @@ def idle_slots(heads: Sequence[Entry]) -> list[int]:
     return [i for i, head in enumerate(heads) if head.frozen or head.rule is None]
 
 
-def ungrouped(entries: Sequence[Entry], lineage: Lineage, slots_of: Sequence[Slot]) -> Held:
+def without_groups(entries: Sequence[Entry], cache: RunCache, slots_of: Sequence[Slot]) -> GroupedState:
     """The states of entries, none of them in a group."""
-    return Held([], [None] * len(entries), lineage, Lease(), idle_slots(entries), slots_of, pending=False)
+    return GroupedState([], [None] * len(entries), cache, Lease(), idle_slots(entries), slots_of, pending=False)
 
 
-def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots_of: Sequence[Slot]) -> Held:
+def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, slots_of: Sequence[Slot]) -> GroupedState:
     """The states of entries by group, as far as loops can be made for them and are worth it.
 
     ``xs`` are the parameters. Nothing is copied: columns refer to the arrays that are there.
     """
     where: list[tuple[int, int] | None] = [None] * len(entries)
-    generations: list[Generation] = []
+    group_states: list[GroupState] = []
     mode = build.switch()
     pending = False
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
         key = _key(entry, x)
-        if key is not None and key not in lineage.refused:
+        if key is not None and key not in cache.refused:
             found[key].append(i)
     for key, slots in found.items():
         rules: list[Any] = [entries[i].rule for i in slots]
@@ -264,7 +264,7 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
         small = group.device is None and int(group.sizes.sum()) < COMPILE_FROM
         if mode == "auto" and build.compiler() is not None and small:
-            if lineage.steps < lineage.again:
+            if cache.steps < cache.regroup_at:
                 pending = True
                 continue
             if not group.is_exact():
@@ -276,10 +276,10 @@ def grouped(entries: Sequence[Entry], xs: Sequence[Any], lineage: Lineage, slots
             columns.append(Column.of(arrays, [entries[i].lease for i in slots]))
         counters = np.array([group.counters_in(row) for row in leaves]).reshape(group.count, -1)
         for member, i in enumerate(slots):
-            where[i] = len(generations), member
-        generations.append(Generation(group, columns, counters))
-    lease = Lease.of(entries[i].lease for g in generations for i in g.group.slots) if generations else Lease()
-    return Held(generations, where, lineage, lease, idle_slots(entries), slots_of, pending=pending)
+            where[i] = len(group_states), member
+        group_states.append(GroupState(group, columns, counters))
+    lease = Lease.of(entries[i].lease for g in group_states for i in g.group.slots) if group_states else Lease()
+    return GroupedState(group_states, where, cache, lease, idle_slots(entries), slots_of, pending=pending)
 
 
 def _key(entry: Entry, x: Any) -> Any:

@@ -15,8 +15,8 @@ from ..graph.program import COMPILED
 from ..memory.pool import SMALL, Column, Pool
 from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, native_dtype, places
 from .device_track import DeviceTrack
-from .states import Generation
-from .track import GroupTrack, Repeat
+from .states import GroupState
+from .track import GroupTrack, PreparedStep
 
 
 class GroupStep:
@@ -26,15 +26,15 @@ class GroupStep:
     """
 
     def __init__(
-        self, generation: Generation, xs: Sequence[Any], dxs: list[Any], *, regular: bool, last: Repeat | None = None
+        self, group_state: GroupState, xs: Sequence[Any], dxs: list[Any], *, admitted: bool, last: PreparedStep | None = None
     ) -> None:
-        self.generation, self.group, self.xs, self.dxs = generation, generation.group, xs, dxs
+        self.group_state, self.group, self.xs, self.dxs = group_state, group_state.group, xs, dxs
         self.moved = True  # whether anything lies elsewhere than in the last step
-        self.repeat: Repeat | None = None
-        states = [column.addresses() for column in generation.columns]
-        if not regular or any(dx is None for dx in dxs):
+        self.prepared: PreparedStep | None = None
+        states = [column.addresses() for column in group_state.columns]
+        if not admitted or any(dx is None for dx in dxs):
             self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
-            if not regular:
+            if not admitted:
                 self._one_dtype()
             self._take([self._addresses(xs), self._addresses(dxs), *states])
             return
@@ -48,14 +48,14 @@ class GroupStep:
         if addresses is None:
             addresses = [np.array(x_places, np.uint64), np.array(dx_places, np.uint64), *states]
         self._take(addresses, [] if last is None else last.tracks)
-        self.repeat = Repeat(self.group.slots, dxs[0].dtype, x_places, dx_places, addresses, self.tracks)
+        self.prepared = PreparedStep(self.group.slots, dxs[0].dtype, x_places, dx_places, addresses, self.tracks)
 
     def _take(self, addresses: list[Vector], tracks: Sequence[GroupTrack] = ()) -> None:
         """Take these addresses, and tracks: those that are given, if they still hold."""
         self.x_addresses, self.dx_addresses, *self.s_addresses = addresses
         if self.moved and not (self.x_addresses[self.members].all() and self.dx_addresses[self.members].all()):
             raise Untraceable("an array has no memory")  # a storage of which the memory was freed, a lazy zero
-        counters = self.generation.counters
+        counters = self.group_state.counters
         if tracks and all(track.renew(self.group, counters) for track in tracks):
             self.tracks = list(tracks)
         else:
@@ -96,7 +96,7 @@ class GroupStep:
             first = found[chosen]
             yield first, first + group.bytes_of(np.uint64(size))[chosen]
 
-    def part_from(self, starts: Vector, ends: Vector) -> bool:
+    def copy_aliased(self, starts: Vector, ends: Vector) -> bool:
         """Copy gradients that lie in memory which is about to be written; the parameter itself may be its own gradient.
 
         Whether there were none.
@@ -110,7 +110,7 @@ class GroupStep:
         hit = hit[self.members]
         if not hit.any():
             return True
-        self.repeat, self.dx_addresses = None, first.copy()
+        self.prepared, self.dx_addresses = None, first.copy()
         for i in self.members[hit]:
             self.dxs[i] = laid_out_as(self.xs[i], self.dxs[i])
             self.dx_addresses[i] = places([self.dxs[i]])[0]
@@ -118,12 +118,12 @@ class GroupStep:
             track.point(self.x_addresses, self.dx_addresses)
         return False
 
-    def commit(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> tuple[Generation, dict[int, Any]]:
+    def commit(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> tuple[GroupState, dict[int, Any]]:
         """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
 
         Memory that is new or taken over has this lease; what an old state still has a part in keeps its own.
         """
-        group, old = self.group, self.generation
+        group, old = self.group, self.group_state
         columns = self._new_columns(pool, number, lease, in_place=in_place)
         new_xs = None if in_place else self._fresh_parameters(pool, number)
         counters = old.counters.copy()
@@ -132,11 +132,11 @@ class GroupStep:
             track.count(counters)
         if new_xs is None and group.library == "torch":
             _bump_versions([self.xs[i] for track in self.tracks if track.program.steps for i in track.members])
-        return Generation(group, columns, counters), new_xs or {}
+        return GroupState(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
         """Where the new state is written. Also in place that is new memory for what others may refer to."""
-        group, old = self.group, self.generation
+        group, old = self.group, self.group_state
         columns = []
         for k, i in enumerate(group.stored):
             writers = [t.members for t in self.tracks if t.writes(i)]

@@ -21,7 +21,7 @@ from .group import Columns, Group, Stack, holding, inner
 from .variant import Variant
 
 
-class Missed(Exception):  # noqa: N818 (a signal)
+class GuardFailed(Exception):  # noqa: N818 (a signal)
     """A measure came out otherwise than the program was traced for, so the rules themselves have to be run."""
 
 
@@ -86,12 +86,12 @@ class GroupTrack(Track):
             self.pointers[:, column] = found
             self._at[column] = found
 
-    def _call(self, index: int, work: Table, *, stack: int = -1, apart: bool = False) -> list[Any]:
+    def _call(self, index: int, work: Table, *, stack: int = -1, out_of_place: bool = False) -> list[Any]:
         """Run a pass over all arrays, or over a stack of them."""
-        known, call = self._calls.get((index, stack, apart), (None, None))
+        known, call = self._calls.get((index, stack, out_of_place), (None, None))
         if known is not work:
-            call = self.loops.prepared(index, work, self.pointers, self.matrix, apart=apart)
-            self._calls[index, stack, apart] = work, call
+            call = self.loops.prepare(index, work, self.pointers, self.matrix, out_of_place=out_of_place)
+            self._calls[index, stack, out_of_place] = work, call
         return call()  # type: ignore[misc, no-any-return]
 
     def advance(self, answer: Any) -> Request | None:
@@ -182,12 +182,12 @@ class GroupTrack(Track):
         return [value if isinstance(value, np.ndarray) else np.full(len(self.members), value) for value in values]
 
     def _check_guards(self) -> None:
-        """Raise Missed unless what was decided from measures still holds."""
+        """Raise GuardFailed unless what was decided from measures still holds."""
         if self.program.late:
             known = [(node, value) for node, value in self.program.late if not waits(node, self.program, self._asked)]
             found = self._run(Tape([node for node, _ in known], self.program.columns))
             if any((value != expected).any() for value, (_, expected) in zip(found, known, strict=True)):
-                raise Missed
+                raise GuardFailed
 
     def faults(self) -> list[str]:
         faults = []
@@ -217,15 +217,15 @@ class GroupTrack(Track):
             else:
                 self.pointers[self.members, targets["x"]] = addresses_of([new_xs[i] for i in self.members.tolist()])
                 self._at.pop(targets["x"], None)
-        apart = new_xs is not None
+        out_of_place = new_xs is not None
         if not self.program.trailing:
-            self._call(self._pass, self.work, apart=apart)
+            self._call(self._pass, self.work, out_of_place=out_of_place)
             self._transformed = []
             return
         boundary: Any = self.program.boundaries[-1]
         for k, stack in enumerate(self._stacks):  # so that only one is held at a time
             found = self._transform(boundary, stack, k)
-            self._call(self._pass, stack.work, stack=k, apart=apart)
+            self._call(self._pass, stack.work, stack=k, out_of_place=out_of_place)
             del found
 
     def count(self, counters: Vector) -> None:
@@ -236,7 +236,7 @@ class GroupTrack(Track):
                 counters[chosen, k] = values
 
 
-class Repeat(NamedTuple):
+class PreparedStep(NamedTuple):
     """How all parameters of a group were stepped last, which is how they are stepped again while nothing has changed."""
 
     slots: list[int]

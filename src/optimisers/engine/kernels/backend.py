@@ -25,8 +25,8 @@ class Kernels(Protocol):
     sums over whole arrays may be taken in another order, the same one every time.
     """
 
-    def prepared(
-        self, index: int, work: Table, pointers: Vector, numbers: Vector, *, apart: bool = False
+    def prepare(
+        self, index: int, work: Table, pointers: Vector, numbers: Vector, *, out_of_place: bool = False
     ) -> Callable[[], list[Vector]]:
         """A call that runs pass ``index`` (the last one writes) over the arrays of ``work``.
 
@@ -35,7 +35,7 @@ class Kernels(Protocol):
             work: the arrays, as rows of the two tables, cut into pieces.
             pointers: the addresses of what is read and written, a row for each array, in the order of ``program.pointers``.
             numbers: the inputs of the program, a row for each array, in the order of ``program.columns``.
-            apart: whether results go to other memory than they come from.
+            out_of_place: whether results go to other memory than they come from.
 
         The call returns, for each sum of the pass, its value for each array of ``work``. It may be made again, as long as the
         memory is there: both tables are read anew each time. It writes to nothing but the targets of the pass.

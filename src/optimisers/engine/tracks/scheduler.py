@@ -86,8 +86,8 @@ def run(tracks: Sequence[Track]) -> None:
 
 def _next_scope(tracks: Sequence[Track], waiting: dict[int, Request]) -> str:
     """A scope that no waiting array will come to later: then all its members are here."""
-    held = {id(rule): _scopes(rule) for rule in {id(track.rule): track.rule for track in tracks}.values()}
-    ahead = {i: held[id(tracks[i].rule)] - tracks[i].passed for i in waiting}
+    grouped = {id(rule): _scopes(rule) for rule in {id(track.rule): track.rule for track in tracks}.values()}
+    ahead = {i: grouped[id(tracks[i].rule)] - tracks[i].passed for i in waiting}
     present = {i: str(request.rule.scope) for i, request in waiting.items()}
     for scope in present.values():
         if all(present[i] == scope or ahead[i][scope] == 0 for i in waiting):

@@ -24,17 +24,17 @@ class Loops:
             self._functions.append(_function(library, f"pass_{i}"))
             self._sums.append([{"sum": np.add, "largest": np.maximum, "smallest": np.minimum}[n.op] for n in this.reductions])
 
-        self._apart = _function(library, "pass_apart") if program.last.stores else None
+        self._out_of_place = _function(library, "pass_out_of_place") if program.last.stores else None
         self._torch = program.library == "torch"
 
-    def prepared(self, index: int, work: Table, pointers: Any, numbers: Any, *, apart: bool = False) -> Call:
+    def prepare(self, index: int, work: Table, pointers: Any, numbers: Any, *, out_of_place: bool = False) -> Call:
         """A pass over arrays of which the addresses are in ``pointers``, a row each, and the numbers in ``numbers``.
 
-        With ``apart`` the last pass writes to other memory than it reads, and if that is much, past the caches.
+        With ``out_of_place`` the last pass writes to other memory than it reads, and if that is much, past the caches.
         """
         function = self._functions[index]
-        if apart and self._apart is not None and work.elements >= _MUCH:
-            function = self._apart
+        if out_of_place and self._out_of_place is not None and work.elements >= _MUCH:
+            function = self._out_of_place
         return Call(function, work, pointers, numbers, self._sums[index], torch=self._torch)
 
 

@@ -125,11 +125,11 @@ def source(program: Program) -> str:
     """The source of all passes of a program; Untraceable for what cannot be written in C."""
     functions = [_function(program, p, f"pass_{i}") for i, p in enumerate(all_passes(program))]
     if program.last.stores:
-        functions.append(_function(program, program.last, "pass_apart", apart=True))
+        functions.append(_function(program, program.last, "pass_out_of_place", out_of_place=True))
     return _HEADER + "".join(functions)
 
 
-def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -> str:
+def _function(program: Program, this: Pass, name: str, *, out_of_place: bool = False) -> str:
     writer = _Writer(program)
     sums = []
     for k, node in enumerate(this.reductions):
@@ -156,11 +156,11 @@ def _function(program: Program, this: Pass, name: str, *, apart: bool = False) -
         width=len(names),
         columns=len(program.columns),
         head=lines(head, 6),
-        blocks=_blocks(writer.body, stores) if apart else "",
-        done="whole" if apart else "0",
+        blocks=_blocks(writer.body, stores) if out_of_place else "",
+        done="whole" if out_of_place else "0",
         pragma=f"#pragma omp simd{reduction}" if plain else "",
         body=lines([*writer.body, *(f"o_{target}[i] = {value};" for target, _, value in stores)], 8),
-        tail=lines([*tail, "streamed();"] if apart else tail, 6),
+        tail=lines([*tail, "streamed();"] if out_of_place else tail, 6),
     )
 
 

@@ -75,16 +75,16 @@ class Blocks:
         self._cuts: dict[int, tuple[Any, Cut]] = {}
         self._views: dict[tuple[int, int, Any], Vector] = {}
 
-    def prepared(
+    def prepare(
         self,
         index: int,
         work: Table,
         pointers: Vector,
         numbers: Vector,
         *,
-        apart: bool = False,  # noqa: ARG002
+        out_of_place: bool = False,  # noqa: ARG002
     ) -> Callable[[], list[Any]]:
-        """As `Loops.prepared`; NumPy's results go through the caches in any case."""
+        """As `Loops.prepare`; NumPy's results go through the caches in any case."""
         return lambda: self._run(index, work, pointers, numbers)
 
     def _run(self, index: int, work: Table, pointers: Vector, numbers: Vector) -> list[Any]:
