@@ -10,7 +10,7 @@ import optimisers as opt
 from golden_data import made, numpy_of
 from looped import held
 from optimisers.arrays import is_number
-from optimisers.errors import ArgumentError, HyperParameterError, RuleError
+from optimisers.errors import ArgumentError, HyperParameterError, NonFiniteError, RuleError
 from optimisers.rules._precision import state_leaves
 from optimisers.rules.wrappers import quantised
 from running import run
@@ -343,6 +343,67 @@ def test_only_states_like_the_parameter_are_quantised():
     text = "the state of Apollo holds an array of shape (2, 6) for a parameter of shape (4, 6)"
     with pytest.raises(RuleError, match=re.escape(text)):
         opt.setup(opt.Quantised(opt.Apollo(0.1, 2)), x)
+
+
+# --- LowRank --------------------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 2, 2, 2)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_low_rank_steps_are_steps_in_a_projection(shape, residual, kind):
+    """Between refreshes signs of singular vectors do not matter, so a slow reference may have others."""
+    x0, grads = drawn(4, shape)
+    rows, columns = shape[0], int(np.prod(shape[1:]))
+    u, _, vt = np.linalg.svd(grads[0].reshape(rows, columns), full_matrices=False)
+    tall = columns <= rows
+    p = vt[:2] if tall else u[:, :2].T
+    inner = Stepper(opt.AdamW(0.1, (0.8, 0.9)), np.zeros((2, max(rows, columns))))
+    x, expected = x0, []
+    for g in grads:
+        matrix = g.reshape(rows, columns)
+        matrix = matrix.T if tall else matrix
+        low = p @ matrix
+        bare = inner(0 * low, low)
+        step = p.T @ bare
+        if residual:
+            step = step + np.linalg.norm(bare, axis=0) / np.linalg.norm(low, axis=0) * (matrix - p.T @ low)
+        x = x - 0.25 * (step.T if tall else step).reshape(shape) - 0.1 * 0.3 * x
+        expected.append(x)
+    rule = opt.LowRank(opt.AdamW(0.1, (0.8, 0.9), 0.3), 2, scale=0.25, residual=residual)
+    np.testing.assert_allclose(run(rule, x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
+
+
+@both_kinds
+@around_ten
+def test_a_projection_of_full_rank_of_a_linear_rule_changes_nothing(rule, kind):
+    x0, grads = drawn()
+    wrapped = run(opt.LowRank(rule, 4, refresh=3), x0, grads, kind)
+    assert np.isfinite(wrapped).all()
+    if isinstance(rule, (opt.Descent, opt.Momentum, opt.Nesterov)):
+        once = run(opt.LowRank(rule, 4), x0, grads, kind)
+        np.testing.assert_allclose(once, run(rule, x0, grads, kind), rtol=1e-9, atol=1e-11)
+
+
+def test_a_quarter_of_the_rank_takes_two_fifths_of_the_memory():
+    x = np.zeros((64, 64), np.float32)
+    sizes = [
+        sum(leaf.nbytes for leaf in state_leaves(opt.setup(rule, x)[()].state) if not is_number(leaf))
+        for rule in (opt.AdamW(), opt.LowRank(opt.AdamW(), 16), opt.LowRank(opt.Quantised(opt.AdamW()), 16, kind="random"))
+    ]
+    assert sizes[1] <= 0.4 * sizes[0]
+    assert sizes[2] <= 0.07 * sizes[0]
+
+
+@both_kinds
+def test_low_rank_refuses_vectors_and_gradients_that_are_not_finite(kind):
+    for shape in ((7,), ()):
+        with pytest.raises(RuleError, match=r"'w': LowRank projects matrices, and this array has the shape .*Route"):
+            opt.setup(opt.LowRank(opt.Adam(), 2), {"w": made(np.zeros(shape), kind)})
+    model = made({"w": np.ones((3, 4))}, kind)
+    state = opt.setup(opt.LowRank(opt.Adam(), 2), model)
+    with pytest.raises(NonFiniteError, match="'w': the singular vectors of a matrix that is not finite cannot be taken"):
+        opt.update(state, model, made({"w": np.full((3, 4), np.nan)}, kind))
 
 
 # --- all ------------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ from ._kinds import working_dtype as working_dtype
 from ._matrices import add_identity as add_identity
 from ._matrices import add_matmul as add_matmul
 from ._matrices import gram as gram
+from ._matrices import leading_vectors as leading_vectors
 from ._matrices import matmul as matmul
 from ._matrices import matrix_norm as matrix_norm
 from ._matrices import on_cpu as on_cpu

@@ -8,8 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from ._kinds import Array, cast_to, dtype_name, is_complex, kind
-from ._reductions import concatenate
+from ..errors import NonFiniteError
+from ._host import detached
+from ._kinds import Array, cast_to, dtype_name, is_complex, kind, namespace
+from ._reductions import concatenate, count_nonfinite
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -31,6 +33,18 @@ def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float, *, symme
         fused = torch.addmm if a.ndim == 2 else torch.baddbmm
         return fused(c, a, b, beta=beta, alpha=alpha)
     return beta * c + alpha * (a @ b)
+
+
+def leading_vectors(x: Array, count: int) -> Array:
+    """The first left singular vectors of a matrix as the rows of a matrix, outside any graph.
+
+    Raises NonFiniteError for a matrix with an infinite or NaN element, at the cost of a synchronisation.
+    """
+    if count_nonfinite(x):
+        msg = "the singular vectors of a matrix that is not finite cannot be taken"
+        raise NonFiniteError(msg)
+    u, _, _ = namespace(x).linalg.svd(detached(x), full_matrices=False)
+    return u[:, :count].mT
 
 
 def gram(x: Array) -> tuple[Array, Array]:

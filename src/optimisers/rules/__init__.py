@@ -57,6 +57,7 @@ from .wrappers.cautious import Cautious as Cautious
 from .wrappers.chain import OptimiserChain as OptimiserChain
 from .wrappers.compensated import Compensated as Compensated
 from .wrappers.lookahead import Lookahead as Lookahead
+from .wrappers.lowrank import LowRank as LowRank
 from .wrappers.mixedprecision import MixedPrecision as MixedPrecision
 from .wrappers.projected import Projected as Projected
 from .wrappers.quantised import Quantised as Quantised
