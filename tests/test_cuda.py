@@ -1,9 +1,11 @@
 """Kernels for CUDA without a GPU: their source, compiled by g++ behind a shim, steps arrays of the host."""
 
+import contextlib
 import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,80 @@ def test_binaries_are_kept_and_broken_ones_made_anew(monkeypatch, tmp_path):
     assert made == ["text"] * 4
     assert driver.binary("text", "sm_100") != first
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Driver:
+    """The CUDA driver, as far as it is called: what was called, and the errors that come of it."""
+
+    def __init__(self):
+        self.calls, self.errors, self.context = [], {}, 0
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append((name, *args))
+            errors = self.errors.get(name, [])
+            if name == "cuModuleGetFunction":
+                args[0]._obj.value = 77
+            if name in {"cuCtxGetCurrent", "cuDevicePrimaryCtxRetain"}:
+                args[0]._obj.value = self.context if name == "cuCtxGetCurrent" else 5
+            if name == "cuCtxSetCurrent":
+                self.context = args[0].value
+            return errors.pop(0) if errors else 0
+
+        if name == "cuLaunchKernel":
+            self.__dict__[name] = call
+        return call
+
+    def names(self):
+        return [name for name, *_ in self.calls]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The second of two devices of compute capability 9.0, and the driver that it calls."""
+    found, current = Driver(), [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(driver, "_driver", lambda: found)
+    monkeypatch.setattr(driver, "binary", lambda text, architecture: f"{text} for {architecture}".encode())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 * index + current[0], raising=False)
+    return driver.Gpu(torch.device("cuda:1")), found
+
+
+def test_kernels_are_loaded_on_their_device_and_launched_on_its_stream(gpu):
+    device, found = gpu
+    assert device.load("text", ["pass_0", "sums_0"]) == [77, 77]
+    assert found.names() == [
+        "cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuModuleLoadData",
+        "cuModuleGetFunction", "cuModuleGetFunction",
+    ]  # fmt: skip
+    assert found.calls[4][2] == b"text for sm_90"
+    found.calls.clear()
+    device.launch(77, 12, 4242)
+    assert found.calls == [("cuLaunchKernel", 77, 12, 1, 1, 256, 1, 1, 0, 1001, 4242, None)]  # device 1 was the current one
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_thread_without_a_context_is_given_one(gpu):
+    device, found = gpu
+    found.errors["cuLaunchKernel"] = [201]
+    device.launch(77, 12, 4242)
+    assert found.names()[0] == found.names()[-1] == "cuLaunchKernel"
+    assert "cuCtxSetCurrent" in found.names()
+    found.errors["cuLaunchKernel"] = [700]
+    with pytest.raises(RuntimeError, match="a kernel cannot be launched on cuda:1: cuLaunchKernel fails with error 700"):
+        device.launch(77, 12, 4242)
+    found.errors["cuModuleLoadData"] = [209]
+    with pytest.raises(CompilationFailed, match="cuModuleLoadData fails with error 209"):
+        device.load("text", ["pass_0"])
 
 
 # --- what may go wrong --------------------------------------------------------------------------------------------------------

@@ -26,25 +26,25 @@ class Gpu:
 
     def __init__(self, device: Any) -> None:
         torch: Any = torch_if_loaded()
-        self._torch = torch
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.architecture = f"sm_{properties.major}{properties.minor}"
-        self._index = device.index if device.index is not None else torch.cuda.current_device()
-        self._stream = torch._C._cuda_getCurrentRawStream
-        self._launch = _driver().cuLaunchKernel
-        self._launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+        self._cuda, self._from_numpy = torch.cuda, torch.from_numpy
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._stream, self._current_device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device
+        self._cu_launch = _driver().cuLaunchKernel
+        self._cu_launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
 
     def load(self, text: str, names: Sequence[str]) -> list[int]:
         """The kernels of these names; CompilationFailed if there is no compiler for this device."""
-        image, module = binary(text, self.architecture), ctypes.c_void_p()
-        self._bind()
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
-        found = []
-        for name in names:
-            function = ctypes.c_void_p()
-            _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
-            found.append(function.value or 0)
+        image, module, found = binary(text, self.architecture), ctypes.c_void_p(), []
+        with self._cuda.device(self._index):
+            self._bind()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
+            for name in names:
+                function = ctypes.c_void_p()
+                _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+                found.append(function.value or 0)
         return found
 
     def stream(self) -> int:
@@ -53,23 +53,33 @@ class Gpu:
 
     def launch(self, function: int, blocks: int, arguments: int) -> None:
         """Launch a kernel on the current stream; ``arguments`` is the address of its arguments' addresses."""
-        error = self._launch(function, blocks, 1, 1, THREADS, 1, 1, 0, self._stream(self._index), arguments, None)
-        if error == _INVALID_CONTEXT:  # a thread that has not used the device so far
+        if self._current_device() == self._index:
+            self._launch(function, blocks, arguments)
+        else:
+            with self._cuda.device(self._index):
+                self._launch(function, blocks, arguments)
+
+    def _launch(self, function: int, blocks: int, arguments: int) -> None:
+        given = (function, blocks, 1, 1, THREADS, 1, 1, 0, self.stream(), arguments, None)
+        error = self._cu_launch(*given)
+        if error == _INVALID_CONTEXT:
             self._bind()
-            error = self._launch(function, blocks, 1, 1, THREADS, 1, 1, 0, self._stream(self._index), arguments, None)
+            error = self._cu_launch(*given)
         if error:
             raise RuntimeError(f"a kernel cannot be launched on {self.device}: cuLaunchKernel fails with error {error}")
 
     def upload(self, array: np.ndarray[Any, Any]) -> Any:
         """A table on the device. Nothing waits: torch keeps the pinned memory until it has been copied."""
-        return self._torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        return self._from_numpy(array).pin_memory().to(self.device, non_blocking=True)
 
     def _bind(self) -> None:
-        """Make the device's primary context, which is torch's, that of this thread."""
+        """Give a thread that has not used the device, the current one, its primary context, which is torch's."""
         context, device = ctypes.c_void_p(), ctypes.c_int()
-        _check(_driver().cuDeviceGet(ctypes.byref(device), self._index), "cuDeviceGet")
-        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
-        _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+        _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+        if not context.value:
+            _check(_driver().cuDeviceGet(ctypes.byref(device), self._index), "cuDeviceGet")
+            _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+            _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 @cache
