@@ -132,7 +132,8 @@ def test_resized_arrays_start_anew_unless_asked():
     assert not small["emb"].state[0][:, 3:].any()
 
 
-OVERLAP_RESTARTS = {"Apollo"}  # the moments are those of a projection
+# The moments are those of a projection, of rows and columns, of blocks.
+OVERLAP_RESTARTS = {"Apollo", "Adafactor", "Came", "AdamMini"}
 
 
 @pytest.mark.parametrize("resize", ["restart", "overlap"])

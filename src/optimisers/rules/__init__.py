@@ -4,14 +4,17 @@ from ._base import AbstractRule as AbstractRule
 from ._base import MeasuredRule as MeasuredRule
 from .adaptive.adabelief import AdaBelief as AdaBelief
 from .adaptive.adadelta import AdaDelta as AdaDelta
+from .adaptive.adafactor import Adafactor as Adafactor
 from .adaptive.adagrad import AdaGrad as AdaGrad
 from .adaptive.adam import Adam as Adam
 from .adaptive.adamax import AdaMax as AdaMax
+from .adaptive.adammini import AdamMini as AdamMini
 from .adaptive.adamw import AdamW as AdamW
 from .adaptive.adan import Adan as Adan
 from .adaptive.ademamix import AdEMAMix as AdEMAMix
 from .adaptive.adopt import Adopt as Adopt
 from .adaptive.amsgrad import AMSGrad as AMSGrad
+from .adaptive.came import Came as Came
 from .adaptive.lamb import Lamb as Lamb
 from .adaptive.laprop import LaProp as LaProp
 from .adaptive.mars import Mars as Mars
