@@ -914,7 +914,7 @@ HOSTILE = {
     ),
     "chain-null": (lambda h: h["rules"][0].update(type="OptimiserChain", fields={}), "cannot be"),
     "chain-rules": (lambda h: h["rules"][0].update(type="OptimiserChain", fields={"rules": [1]}), "cannot be"),
-    "muon-vector": (lambda h: h["rules"][0].update(type="Muon", fields={"_matrix": True}), "'a.b'"),
+    "muon-vector": (lambda h: h["rules"][0].update(type="Muon", fields={"_matrix": True}), "'a.w'"),
     "orthogonal-vector": (lambda h: h["rules"][0].update(type="Orthogonalise", fields={}), "Orthogonalise refuses it"),
     "apollo-rank": (lambda h: h["rules"][0].update(type="Apollo", fields={"rank": 10**12}), "'a.w'"),
 }

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..arrays import kind
+import numpy as np
+
+from ..arrays import kind, torch_if_loaded
 from ..errors import CheckpointError, OptimisersError
 from ..rules._base import AbstractRule, walk
 from ..rules._precision import state_leaves
@@ -144,6 +146,8 @@ class Loading:
                 text = f"{shown(slot.path)}: its rule is {_nested(file)} in the file, {_nested(here)} here"
                 self.problems.mismatched.append(text)
                 return None
+            if rule != entry.rule and not self._takes(rule, slot, _example(slot)):
+                return None
         reader = Reader(self.tensors, slot.kind, device, same_dtypes=True)
         state = self._state(slot, stored, rule, reader, host_state(entry))
         if state is _UNFIT:
@@ -181,7 +185,7 @@ class Loading:
         try:
             rule, base = (None if r is None else r.resolved(x, slot.path) for r in (rule, base))
             expected = None if rule is None else initial_state(rule, slot, x, None)
-        except (OptimisersError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except _REFUSALS as error:
             self.problems.mismatched.append(f"{shown(slot.path)}: {type(rule).__name__} refuses it: {error}")
             return None
         device = x.device if kind(x) == "torch" else None
@@ -230,6 +234,16 @@ class Loading:
             msg = f"load: a field of a rule is the tensor {name!r}, which is not the 0-d floating point tensor that it must be"
             raise CheckpointError(msg)
         return found.clone()  # type: ignore[union-attr]
+
+    def _takes(self, rule: AbstractRule, slot: Slot, x: Any) -> bool:
+        """Whether a rule of this library, as the file has it, can be set up for the array; what it refuses is noted."""
+        try:
+            if all_own(rule):
+                initial_state(rule, slot, x, None)
+        except _REFUSALS as error:
+            self.problems.mismatched.append(f"{shown(slot.path)}: {type(rule).__name__} refuses it: {error}")
+            return False
+        return True
 
     def _state(self, slot: Slot, stored: StoredEntry, rule: AbstractRule | None, reader: Reader, expected: Any) -> Any:
         try:
@@ -296,6 +310,14 @@ class Loading:
 
 
 _UNFIT: Any = object()
+_REFUSALS = (OptimisersError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError)
+
+
+def _example(slot: Slot) -> Any:
+    """An array like the parameter, of which no memory is touched."""
+    if slot.kind == "numpy":
+        return np.zeros(slot.param.shape, slot.param.dtype)
+    return torch_if_loaded().empty(slot.param.shape, dtype=slot.param.dtype, device="meta")  # type: ignore[union-attr]
 
 
 def _device_of(leaves: Any) -> Any:
