@@ -603,7 +603,7 @@ ROWS = (
     Row(
         "Compensated",
         opt.Compensated,
-        (opt.Compensated(opt.Adam()), opt.Compensated(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Momentum(0.1)))),
+        (opt.Compensated(opt.Momentum(0.1)), opt.Compensated(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Momentum(0.1)))),
         bad=(
             ({"rule": 0.1}, RuleError, "Compensated(rule, _own): rule must be a rule; got"),
             ({"rule": opt.MixedPrecision(opt.Adam())}, RuleError, "put that around: MixedPrecision(Compensated(...))"),

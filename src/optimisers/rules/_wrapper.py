@@ -16,9 +16,6 @@ class Wrapper(CompositeRule):
 
     rule: AbstractRule
 
-    transparent: ClassVar[bool] = True
-    """Whether what it does itself is elementwise or measured, so that it becomes loops where the rule inside does."""
-
     alters: ClassVar[bool] = True
     """Whether it changes the step, so that a rule that goes by the new value of the array must stand around it."""
 
@@ -47,6 +44,11 @@ class Wrapper(CompositeRule):
                     f"around: {found}({name}(...))"
                 )
                 raise RuleError(msg)
+
+    @property
+    def transparent(self) -> bool:
+        """Whether what it does itself is elementwise or measured, so that it becomes loops where the rule inside does."""
+        return True
 
     @property
     def law(self) -> Law:

@@ -51,6 +51,10 @@ class Projected(Wrapper, MeasuringRule):
             return law
         return "measured" if self.onto == "ball" and law in {"elementwise", "measured"} else "none"
 
+    @property
+    def transparent(self) -> bool:
+        return self.onto in {"non_negative", "ball"}
+
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         inner, step = yield from stages_of(self.rule, state[0], x, dx)
         if step is None:
