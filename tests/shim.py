@@ -3,12 +3,15 @@
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torch
+
+from optimisers.engine.kernels.cuda.templates import PRELUDE
 
 HERE = Path(__file__).parent
 # Blocks one after another; the threads of a block side by side, since they wait for one another.
@@ -35,7 +38,21 @@ extern "C" void launch(void *kernel, const work *given, int blocks, int threads)
   pthread_barrier_destroy(&barrier);
 }
 """
-COMMAND = ("g++", "-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+COMMAND = ("g++", "-O0", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+
+
+PREBUILT = {}
+"""The library of a text, and what the names of its kernels begin with there."""
+
+
+def prebuild(texts):
+    """Compile many sources at once, which takes a tenth of the time."""
+    parts = []
+    for i, text in enumerate(texts):
+        assert text.startswith(PRELUDE)
+        parts.append(re.sub(r"\b(\w+)\(ARGUMENT", rf"n{i}_\1(ARGUMENT", text.removeprefix(PRELUDE)))
+    library = built(PRELUDE + "".join(parts))
+    PREBUILT.update({text: (library, f"n{i}_") for i, text in enumerate(texts)})
 
 
 def built(text):
@@ -48,7 +65,7 @@ def built(text):
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             file, made = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
             file.write_text(source)
-            subprocess.run([*COMMAND, str(file), "-o", str(made), "-lm", "-lpthread"], check=True, timeout=120)
+            subprocess.run([*COMMAND, str(file), "-o", str(made), "-lm", "-lpthread"], check=True, timeout=300)
             made.replace(path)
     return ctypes.CDLL(str(path))
 
@@ -72,8 +89,8 @@ class Shim:
         self._launch = {}
 
     def load(self, text, names):
-        library = built(text)
-        found = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+        library, prefix = PREBUILT.get(text) or (built(text), "")
+        found = [ctypes.cast(getattr(library, prefix + name), ctypes.c_void_p).value for name in names]
         for function, name in zip(found, names, strict=True):
             self._names[function], self._launch[function] = name, library.launch
         return found

@@ -17,14 +17,20 @@ from optimisers.engine.kernels.cuda import devices, driver, nvrtc
 from optimisers.engine.kernels.cuda.nvrtc import CompilationFailed
 from optimisers.engine.kernels.work import table
 from optimisers.errors import CaptureError, CompileWarning, NonFiniteError
-from shim import Shim
+from programs import texts
+from shim import Shim, prebuild
 from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
 
 CHAIN = (opt.SignDecay(1e-4), opt.WeightDecay(1e-3), opt.AdamW(3e-3))
 
 
+@pytest.fixture(scope="module")
+def _prebuilt():
+    prebuild([text for _, text in texts(torch.float32, torch.bfloat16)])
+
+
 @pytest.fixture
-def shim(monkeypatch):
+def shim(monkeypatch, _prebuilt):
     """A device in the place of the host, for torch."""
     shim = Shim()
     monkeypatch.setitem(devices.known, shim.device, shim)

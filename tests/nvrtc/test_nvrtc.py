@@ -1,53 +1,22 @@
 """NVRTC takes every kernel, for three architectures: nothing spills, products and sums stay apart, loads have 16 bytes."""
 
-import itertools
-import os
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 import optimisers as opt
 from optimisers.arrays import Untraceable
-from optimisers.engine.groups import group
 from optimisers.engine.kernels.cuda import nvrtc
 from optimisers.engine.kernels.cuda.combine import combining
-from optimisers.engine.kernels.cuda.source import source
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from table import cases
+from programs import texts
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-SHAPES = ((6, 5, 4), (3, 2, 2))
-
-
-def texts():
-    """The source of every program of the table, by what it is of."""
-    found = {}
-    for (name, row, rule), dtype in itertools.product(cases(), DTYPES):
-        with mock.patch.dict(os.environ, OPTIMISERS_COMPILE="0"), mock.patch.object(group, "_variants", defaultdict(list)):
-            model = {str(i): torch.ones(shape, dtype=dtype) for i, shape in enumerate(SHAPES)}
-            if row.law == "none" or str(dtype).removeprefix("torch.") in row.refuses:
-                continue
-            state = opt.setup(rule, model)
-            for _ in range(2):
-                state, model = opt.update(state, model, model)
-            for key, variants in group._variants.items():
-                scalars = [f"c{i}" for i, part in enumerate(key[2]) if part.form == "scalar"]
-                for variant in variants:
-                    label = f"{name}-{str(dtype).removeprefix('torch.')}"
-                    found.setdefault(source(variant.program, scalars).text, label)
-    for rule in (opt.ClipGlobalNorm(), opt.ClipGlobalNorm(p=3.0), opt.ClipGlobalNorm(p=float("inf"))):
-        found[combining(rule, [2], 3, [0])] = f"combining-{rule.p}"
-    return [(label, text) for text, label in found.items()]
-
-
-TEXTS = texts()
+TEXTS = texts(torch.float32, torch.bfloat16, torch.float64)
 
 
 def test_there_are_programs_of_every_kind():
