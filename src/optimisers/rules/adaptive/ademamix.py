@@ -38,6 +38,9 @@ class AdEMAMix(AbstractRule):
     def init(self, x: Array) -> State:
         return zeros_like(x), zeros_like(x, real=True), zeros_like(x), self.beta[:2], 1.0
 
+    def decay_factor(self, state: State) -> Any:
+        return self.eta * self.lambda_
+
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, slow, (b1t, b2t), t = state
         b1, b2, b3 = self.beta
@@ -47,7 +50,7 @@ class AdEMAMix(AbstractRule):
         slow = b3 * slow + (1 - b3) * dx
         mixed = 1 / (1 - b1t) * m + alpha * slow
         step = self.eta * mixed / (1 / sqrt(1 - b2t) * sqrt(v) + self.epsilon)
-        return (m, v, slow, (b1t * b1, b2t * b2), t + 1), step + self.eta * self.lambda_ * x
+        return (m, v, slow, (b1t * b1, b2t * b2), t + 1), step + self.decay_factor(state) * x
 
     def _warmed(self, t: Any, b1: Any, b3: Any) -> tuple[Any, Any]:
         """The weight and the decay of the slow mean at step t."""

@@ -32,9 +32,12 @@ class LaProp(AbstractRule):
     def init(self, x: Array) -> State:
         return zeros_like(x), zeros_like(x, real=True), self.beta
 
+    def decay_factor(self, state: State) -> Any:
+        return self.eta * self.lambda_
+
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, (b1t, b2t) = state
         b1, b2 = self.beta
         v = b2 * v + (1 - b2) * abs2(dx)
         m = b1 * m + (1 - b1) * dx / (1 / sqrt(1 - b2t) * sqrt(v) + self.epsilon)
-        return (m, v, (b1t * b1, b2t * b2)), self.eta / (1 - b1t) * m + self.eta * self.lambda_ * x
+        return (m, v, (b1t * b1, b2t * b2)), self.eta / (1 - b1t) * m + self.decay_factor(state) * x
