@@ -380,6 +380,12 @@ def apollo_rank_above_side(record):
 SQUARING = {"Adam", "AdamW", "RAdam", "NAdam", "OAdam", "AMSGrad", "AdaBelief", "AdaGrad", "AdaDelta", "RMSProp"}
 
 
+def moments_of(record):
+    """The ``state_dtype`` of a trajectory: float16 where the recorded run held squares in it, which is not the default here."""
+    own = DTYPES.get(record["rule"].get("T"), record.get("dtype"))
+    return "float16" if own == "float16" and rule_types(record["rule"]) & SQUARING else None
+
+
 def exact_squares(record):
     """The elements whose squares float16 can hold, as a mask; None if nothing in the recorded run was squared in float16.
 

@@ -14,7 +14,7 @@ from optimisers.engine.kernels.c import compiler as build
 from optimisers.engine.kernels.c import loops
 from optimisers.engine.memory import pool as memory
 from optimisers.errors import OptimisersError
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 
 
 def adjusted(state, times, where=None):

@@ -145,13 +145,13 @@ def half(x):
 
 
 def adam_in_half(x, grads, *, eta, beta, epsilon, lambda_=0.0, couple=True):
-    """AdamW in float32 with everything that is kept rounded to float16, and an epsilon that float16 can hold."""
+    """AdamW in float32, the parameter and the mean rounded to float16 after each step, the squares kept in float32."""
     (b1, b2), m, v = beta, np.zeros_like(x), np.zeros_like(x)
     for t, g in enumerate(grads, 1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        step = eta * m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + max(epsilon, 1e-7))
+        step = eta * m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + epsilon)
         x = half(x - step - (eta if couple else 1) * lambda_ * x)
-        m, v = half(m), half(v)
+        m = half(m)
         yield x
 
 

@@ -20,6 +20,7 @@ from golden_data import (
     exact_squares,
     excluded,
     made,
+    moments_of,
     muon_gram_shift,
     norm_rule_after_a_lazy_one,
     numpy_of,
@@ -54,7 +55,7 @@ both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
 def start(record, kind):
     x = made(array(record["x0"], record["dtype"]), kind)
-    return opt.setup(rule_of(record, kind), x), x
+    return opt.setup(rule_of(record, kind), x, state_dtype=moments_of(record)), x
 
 
 def gradients(record, kind):
@@ -117,7 +118,7 @@ SELECTION = {str(each["rule"]): each for each in cases("rules", "mixed_precision
 def test_trajectory_in_place_is_the_same_to_the_bit(record, kind):
     pure_state, pure_x = start(record, kind)
     x = made(numpy_of(pure_x), kind)
-    state = opt.setup(pure_state[()].rule, x)
+    state = opt.setup(pure_state[()].rule, x, state_dtype=moments_of(record))
     for t, grad in enumerate(gradients(record, kind)):
         state, x = opt.update_(state, x, grad)
         pure_state, pure_x = opt.update(pure_state, pure_x, grad)

@@ -9,7 +9,7 @@ import optimisers as opt
 from optimisers.arrays import copied
 from optimisers.engine.kernels.cuda import devices, driver
 from optimisers.errors import CaptureError, GradientError, NonFiniteError
-from optimisers.rules._precision import map_state
+from optimisers.rules._states import map_state
 from test_cuda import CHAIN, gpt2
 from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
 

@@ -16,7 +16,7 @@ from optimisers.errors import (
     SelectionError,
     StructureError,
 )
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 from optimisers.tree.show import state_bytes
 from table import ROWS
 from test_checkpoint import Lazy

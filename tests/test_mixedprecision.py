@@ -230,7 +230,7 @@ WRITERS = [loaded, clamped, averaged_into, reinitialised]
         opt.MixedPrecision(opt.Muon(opt.AdamW(0.0), eta=0.0)),
         opt.MixedPrecision(opt.Descent(0.0), "float64"),
     ],
-    ids=str,
+    ids=["plain", "chain", "scheduled", "averaged", "average inside", "Muon", "float64"],
 )
 @pytest.mark.parametrize("mode", ["1", "0", "rules"])
 def test_what_is_written_to_the_parameters_is_not_undone(dtype, write, rule, mode, switch):

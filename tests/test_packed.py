@@ -21,7 +21,7 @@ from optimisers.engine.kernels.numpy import blocks
 from optimisers.engine.tracks.single import Job, step
 from optimisers.errors import NonFiniteError
 from optimisers.rules._base import walk
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 from table import MeanScaled, cases
 
 LAWFUL = [case for case in cases() if case[2].law in {"elementwise", "measured"}]

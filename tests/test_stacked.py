@@ -13,7 +13,7 @@ from optimisers.arrays import share_memory
 from optimisers.engine.tracks import stacks as stacked
 from optimisers.engine.tracks.stacks import stackable_groups
 from optimisers.rules._base import Together
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 from table import cases, halving
 
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])

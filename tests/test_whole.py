@@ -13,7 +13,7 @@ from looped import Counter, held
 from matrices import assert_alike, drawn, trained
 from optimisers.engine.groups import group
 from optimisers.rules._base import TransformingRule, Whole
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 from optimisers.rules.matrices import muon
 from table import halving
 

@@ -11,7 +11,7 @@ from golden_data import made, numpy_of
 from looped import held
 from optimisers.arrays import is_number
 from optimisers.errors import ArgumentError, HyperParameterError, NonFiniteError, RuleError
-from optimisers.rules._precision import state_leaves
+from optimisers.rules._states import state_leaves
 from optimisers.rules.wrappers import quantised
 from running import run
 

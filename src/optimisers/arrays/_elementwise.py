@@ -9,35 +9,42 @@ from typing import Any
 import numpy as np
 
 from . import _tape
-from ._kinds import Array, as_array, is_complex, is_number, kind, namespace
+from ._kinds import Array, as_array, cast_to, dtype_name, is_complex, is_number, kind, namespace
 from ._traced import Traced, extremum, filled, select, unary
 
 _NUMBERS = (int, float)
 
 
-def zeros_like(x: Array, *, real: bool = False) -> Array:
-    """Zeros of x's shape, dtype, device and strides; with ``real``, of the real dtype of a complex x."""
-    return full_like(x, 0, real=real)
+def zeros_like(x: Array, *, real: bool = False, wide: bool = False) -> Array:
+    """Zeros of x's shape, dtype, device and strides; ``real`` and ``wide`` as in `full_like`."""
+    return full_like(x, 0, real=real, wide=wide)
 
 
-def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
-    """An array of x's shape, dtype, device and strides, filled with value; with ``real``, of x's real dtype."""
+def full_like(x: Array, value: Any, *, real: bool = False, wide: bool = False) -> Array:
+    """An array of x's shape, dtype, device and strides, filled with value.
+
+    With ``real``, for squares: of x's real dtype, and ``wide``. With ``wide``: of float32 if x is float16, in which the square
+    of anything below 2e-4 is zero.
+    """
     if isinstance(x, Traced):
         return filled(x, value)
-    xp = namespace(x)
-    if real and is_complex(x):
-        x = x.real
-    out = xp.zeros_like(x)
+    x = _wide(x, real=real, wide=wide)
+    out = namespace(x).zeros_like(x)
     if not (is_number(value) and value == 0):
         out = out + value
     return as_array(out)
 
 
 def zeros(like: Array, shape: tuple[int, ...], *, real: bool = False) -> Array:
-    """Zeros of another shape, of the dtype (with ``real``, its real dtype) and on the device of an array."""
-    if real and is_complex(like):
-        like = like.real
+    """Zeros of another shape, of the dtype and on the device of an array; ``real`` as in `full_like`."""
+    like = _wide(like, real=real, wide=False)
     return np.zeros(shape, dtype=like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def _wide(x: Array, *, real: bool, wide: bool) -> Array:
+    if real and is_complex(x):
+        x = x.real
+    return cast_to(x, "float32") if (real or wide) and dtype_name(x) == "float16" else x
 
 
 def zero_norm(like: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arrays import is_recording, kind, torch_if_loaded
 from ..rules._base import AbstractRule, walk
-from ..rules._precision import state_leaves
+from ..rules._states import state_leaves
 from ..tree.entry import Entry
 
 

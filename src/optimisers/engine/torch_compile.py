@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from ..arrays import is_compiling, recording
 from ..errors import OptimisersError, RuleError
 from ..rules._base import AbstractRule
-from ..rules._precision import map_state, state_leaves
+from ..rules._states import map_state, state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.sealed import Constant, Plan, sealed
 from ..tree.state import StateTree, check_alive, rebuilt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..arrays import Untraceable, kind, torch_if_loaded
-from ..rules._precision import state_leaves
+from ..rules._states import state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.state import StateTree, rebuilt
 from . import aliasing, autograd

@@ -9,7 +9,7 @@ import torch
 
 from ..arrays import copied, kind
 from ..errors import StructureError
-from ..rules._precision import map_state
+from ..rules._states import map_state
 from ..setup_api.setup import first_entry
 from ..tree.entry import Entry, Lease, host_state
 from ..tree.leaves import Place, Slot, find

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import kind, torch_if_loaded
 from ..errors import CheckpointError, OptimisersError
 from ..rules._base import AbstractRule, walk
-from ..rules._precision import state_leaves
+from ..rules._states import state_leaves
 from ..setup_api.setup import check_groups, first_entry, initial_state
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.leaves import Found, Slot

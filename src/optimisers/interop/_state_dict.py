@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import dtype_name, is_number, kind
 from ..errors import ArgumentError, CheckpointError
 from ..errors import described as named
-from ..rules._precision import map_state
+from ..rules._states import map_state
 from ..tree.entry import Lease, host_state, shown_state
 from ..tree.paths import path_of
 from ..tree.state import StateTree, check_alive, rebuilt

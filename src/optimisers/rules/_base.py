@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-from ..arrays import Array, can_read, cast_to, detached
+from ..arrays import Array, can_read, cast_to, detached, dtype_name, kind
 from ..errors import NonFiniteError, RuleError, described
 from ._fields import check_arguments, checked, is_tensor
+from ._states import map_state
 
 Law: TypeAlias = Literal["elementwise", "stackable", "measured", "none"]
 
@@ -22,6 +23,11 @@ class Assign(NamedTuple):
     """In the place of a step: the parameter is to become this value (MixedPrecision returns its master copy so)."""
 
     value: Any
+
+
+def narrowed(leaf: Any) -> Any:
+    """An array of float32, as `init` makes it for float16, in float16."""
+    return cast_to(leaf, "float16") if kind(leaf) and dtype_name(leaf) == "float32" else leaf
 
 
 def stepped(x: Array, step: Any) -> Array:
@@ -128,8 +134,9 @@ class AbstractRule(ABC):
         return rule  # type: ignore[no-any-return]
 
     def init_as(self, x: Array, dtype: str) -> State:
-        """``init`` with moments of the named dtype."""
-        return self.init(cast_to(x, dtype))
+        """``init`` with moments of the named dtype, those that hold squares included."""
+        state = self.init(cast_to(x, dtype))
+        return map_state(narrowed, state) if dtype == "float16" else state
 
     def with_eta(self, eta: Any, base: Self) -> Self:
         """This rule with a new learning rate; ``base`` is the rule as given at setup, whose ratios are to be kept."""

@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from ..arrays import HALF, Array, as_array, cast_to, dtype_name, is_number, kind, working_dtype
 from ._base import AbstractRule, Stages, State, children, stages_of, with_child
-
-T = TypeVar("T")
+from ._states import map_state, state_leaves
 
 _NUMBERS = (float, int)
 
 FLOAT16_EPSILON = 1e-7  # the smallest epsilon that float16 moments can tell from zero
-
-
-def map_state(f: Any, state: State, *others: State) -> State:
-    """f at every array and number of a state, and of others of the same structure."""
-    if state is None:
-        return None
-    if isinstance(state, dict):
-        return {key: map_state(f, value, *(other[key] for other in others)) for key, value in state.items()}
-    if isinstance(state, (tuple, list)):
-        items = [map_state(f, *item) for item in zip(state, *others, strict=True)]
-        return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)
-    return f(state, *others)
-
-
-def state_leaves(state: State) -> list[Any]:
-    """The arrays and numbers of a state, in order."""
-    leaves: list[Any] = []
-    _gather(state, leaves)
-    return leaves
-
-
-def find_state(state: State, kind_of: type[T]) -> T | None:
-    """The outermost part of a state that is of this type, such as the named tuple of one rule; None if there is none."""
-    if isinstance(state, kind_of):
-        return state
-    if isinstance(state, (tuple, list, dict)):
-        for item in state.values() if isinstance(state, dict) else state:
-            if (found := find_state(item, kind_of)) is not None:
-                return found
-    return None
-
-
-def _gather(state: State, leaves: list[Any]) -> None:
-    if isinstance(state, (tuple, list)):
-        for item in state:
-            _gather(item, leaves)
-    elif isinstance(state, dict):
-        for item in state.values():
-            _gather(item, leaves)
-    elif state is not None:
-        leaves.append(state)
 
 
 def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) -> Stages:
@@ -65,7 +24,7 @@ def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) 
     wide = working_dtype(own)
     names = [dtype_name(leaf) for leaf in state_leaves(state) if type(leaf) not in _NUMBERS and hasattr(leaf, "dtype")]
     half = any(name in HALF for name in names)
-    if half and "float16" in names:
+    if lacks_range(names):
         rule = usable_in_float16(rule)
     if own != wide:
         x = cast_to(x, wide)
@@ -100,6 +59,11 @@ def _like(new: Any, old: Any) -> Any:
         new = as_array(new)
         return cast_to(new, dtype_name(old)) if kind(new) else new
     return new
+
+
+def lacks_range(dtypes: Collection[str]) -> bool:
+    """Whether arrays of these dtypes hold squares in float16, as ``state_dtype="float16"`` asks for."""
+    return "float16" in dtypes and "float32" not in dtypes
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..arrays import cast_to, detached, dtype_name
 from ..errors import ArgumentError, described
-from ..rules._precision import find_state
+from ..rules._states import find_state
 from ..rules.wrappers.averaged import Average
 from ..rules.wrappers.mixedprecision import MixedPrecision
 from ..rules.wrappers.schedulefree import Interpolated

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from ..arrays import copied, detached, kind
 from ..errors import ArgumentError, RuleError, StructureError, described, not_a_rule
 from ..rules._base import AbstractRule
-from ..rules._precision import map_state, state_leaves
+from ..rules._states import map_state, state_leaves
 from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.leaves import Found, Slot, find
 from ..tree.param import Param

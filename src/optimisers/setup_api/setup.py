@@ -11,7 +11,7 @@ from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, 
 from ..rules import ClipGlobalNorm
 from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
-from ..rules._precision import map_state
+from ..rules._states import map_state
 from ..tree.entry import Entry, Lease, numbers_in
 from ..tree.leaves import Slot, find, refuse_unsteppable
 from ..tree.param import Param

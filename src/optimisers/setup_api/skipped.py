@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, described
-from ..rules._precision import find_state
+from ..rules._states import find_state
 from ..rules.gradients.skipnonfinite import Skips
 from ..tree.state import StateTree, check_alive
 

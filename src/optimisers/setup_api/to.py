@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import cast_to, dtype_name, is_inexact, kind, torch_if_loaded
 from ..errors import ArgumentError, described
 from ..rules._base import AbstractRule
-from ..rules._precision import map_state, state_leaves
+from ..rules._states import map_state, state_leaves
 from ..tree.entry import Entry, Lease, device_of, host_state
 from ..tree.leaves import Slot
 from ..tree.paths import shown

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from ..arrays import dtype_name, is_concrete, is_number, kind, torch_if_loaded
 from ..rules._base import AbstractRule
-from ..rules._precision import map_state, state_leaves
+from ..rules._states import map_state, state_leaves
 
 
 class Lease:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..arrays import is_number, kind
 from ..rules._base import AbstractRule, children
-from ..rules._precision import state_leaves
+from ..rules._states import state_leaves
 from ..rules.wrappers.chain import OptimiserChain
 from .fold import fold
 

@@ -14,7 +14,7 @@ from ..arrays import torch_if_loaded
 from ..errors import ConsumedStateError, EntryError, ImmutableError
 from ..rules._base import AbstractRule
 from ..rules._fields import is_tensor
-from ..rules._precision import map_state
+from ..rules._states import map_state
 from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
 from .leaves import Place, Slot
 from .sealed import Plan

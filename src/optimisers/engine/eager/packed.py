@@ -15,7 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number
-from ...rules._precision import state_leaves, usable_in_float16
+from ...rules._precision import lacks_range, usable_in_float16
+from ...rules._states import state_leaves
 from ..graph.program import Boundary, Part
 from ..graph.trace import filled, nesting, structure_of_rule
 from ..groups.group import Group, hyper_of, inner
@@ -130,7 +131,7 @@ class Bucket(Group):
         self.structure, self.nesting, self.dtype, self.library = structure, nested, _traceable(dtype), "torch"
         self.device = None
         self.key = structure, nested, wide, self.dtype, "torch", None
-        low = any(part.dtype == "float16" for part in form)
+        low = lacks_range([part.dtype for part in form if part.form == "array"])
         self.rules = [usable_in_float16(job.rule) if low else job.rule for job in jobs]
         self.paths = [job.path for job in jobs]
         self.hyper = hyper_of(self.rules)

@@ -10,7 +10,8 @@ from typing import Any
 from ...arrays import FLOATS, HOST, Traced, Tracer, Untraceable, as_array, cast_to, is_number, kind, working_dtype
 from ...errors import OptimisersError
 from ...rules._base import AbstractRule, Assign, MeasuringRule, Stages, Together, Whole
-from ...rules._precision import in_working_precision, state_leaves
+from ...rules._precision import in_working_precision
+from ...rules._states import state_leaves
 from ...rules.wrappers.scheduled import Scheduled
 from .program import COMPILED, Boundary, Part, Place, Program, Schedule, Transform, program_of
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...arrays import Untraceable, is_number
 from ...errors import CompileWarning, locating
 from ...rules._base import AbstractRule, walk
-from ...rules._precision import state_leaves
+from ...rules._states import state_leaves
 from ..graph.program import Place, Program, Schedule
 from ..graph.trace import filled, numbers_of, structure_of_rule, trace
 from ..kernels.c import compiler as build

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...arrays import Untraceable, dtype_name, is_number, kind, torch_if_loaded
 from ...rules._base import AbstractRule, children
-from ...rules._precision import state_leaves
+from ...rules._states import state_leaves
 from ...rules._wrapper import Wrapper
 from ...rules.wrappers.chain import OptimiserChain
 from ...rules.wrappers.scheduled import Scheduled

@@ -11,7 +11,8 @@ import numpy as np
 from ...arrays import as_array, cast_to, copied, dtype_name, is_number, kind, memory_key, working_dtype
 from ...errors import RuleError, described, locating
 from ...rules._base import AbstractRule, Assign, Stages, Together, Whole
-from ...rules._precision import in_working_precision, map_state, state_leaves
+from ...rules._precision import in_working_precision
+from ...rules._states import map_state, state_leaves
 from ...tree.entry import Entry, Lease, host_state, numbers_in
 from ...tree.state import StateTree
 from .checks import Checked

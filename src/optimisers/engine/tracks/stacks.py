@@ -10,7 +10,7 @@ from typing import Any
 from ...arrays import copied, element_count, is_number, is_plain, kind, on_cpu, stack
 from ...errors import RuleError, locating
 from ...rules._base import AbstractRule, Assign, Together, run_alone
-from ...rules._precision import map_state, state_leaves
+from ...rules._states import map_state, state_leaves
 
 # On a CPU, where a large matrix alone keeps all cores busy: an array of more elements is stepped alone, and a stack is kept
 # small enough for the caches. Elsewhere arrays are stacked whatever their size, and the limit is one of memory.

@@ -29,7 +29,8 @@ class AMSGrad(AbstractRule):
     real_only = True
 
     def init(self, x: Array) -> State:
-        return full_like(x, self.epsilon), full_like(x, self.epsilon), full_like(x, self.epsilon)
+        v, largest = (full_like(x, self.epsilon, wide=True) for _ in range(2))
+        return full_like(x, self.epsilon), v, largest
 
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, largest = state

@@ -31,7 +31,7 @@ class RMSProp(AbstractRule):
     structural = ("centred",)
 
     def init(self, x: Array) -> State:
-        return zeros_like(x, real=True), (zeros_like(x) if self.centred else None)
+        return zeros_like(x, real=True), (zeros_like(x, wide=True) if self.centred else None)
 
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         square, mean = state

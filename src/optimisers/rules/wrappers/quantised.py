@@ -9,7 +9,7 @@ from ...arrays import Array, concatenate, decoded, element_count, encoded, kind
 from ...errors import HyperParameterError, RuleError
 from .._base import AbstractRule, Law, Stages, State, run_alone, stages_of
 from .._fields import Choice, Interval, bounded
-from .._precision import map_state, state_leaves
+from .._states import map_state, state_leaves
 from .._wrapper import Wrapper
 
 PIECE = 2**16
