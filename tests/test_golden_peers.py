@@ -335,3 +335,11 @@ SHAPES = ((1152, 384), (384, 384), (1536, 384), (384, 1536), (256, 384))
 def test_state_bytes_beside_those_of_the_parameters(rule, share):
     model = {str(i): np.ones(shape, np.float32) for i, shape in enumerate(SHAPES)}
     assert opt.estimate(rule, model).state <= share * sum(x.nbytes for x in model.values())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_lamb_is_a_chain(kind):
+    rng = np.random.default_rng(6)
+    x, grads = rng.standard_normal((4, 3)), rng.standard_normal((8, 4, 3))
+    chain = opt.OptimiserChain(opt.AdamW(1.0, (0.8, 0.95), 0.1, 1e-6), opt.TrustRatio(), opt.Descent(0.02))
+    np.testing.assert_allclose(run(opt.Lamb(0.02, (0.8, 0.95), 0.1), x, grads, kind), run(chain, x, grads, kind), rtol=1e-12)
