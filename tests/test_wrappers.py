@@ -193,6 +193,15 @@ def test_cautious_leaves_out_what_goes_against_the_gradient(rule, kind):
     np.testing.assert_allclose(run(opt.Cautious(rule), x0, grads, kind), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("make", [opt.AdamW, opt.AdEMAMix, opt.LaProp, opt.Mars], ids=lambda make: make.__name__)
+def test_the_decay_of_a_rule_is_told_apart_from_its_step(make):
+    x0, grads = drawn()
+    without, rule = Stepper(make(eta=0.1), x0), make(eta=0.1, lambda_=0.3)
+    step = Stepper(rule, x0)
+    for g in grads:
+        np.testing.assert_allclose(step(x0, g) - rule.decay_factor(step.state) * x0, without(x0, g), rtol=1e-10, atol=1e-13)
+
+
 @both_kinds
 def test_cautious_decay_does_not_go_against_the_step(kind):
     x0, grads = drawn(seed=2)

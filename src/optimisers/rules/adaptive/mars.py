@@ -39,6 +39,9 @@ class Mars(MeasuredRule):
     def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
         return (norm(self._corrected(state, dx)),)
 
+    def decay_factor(self, state: State) -> Any:
+        return self.eta * self.lambda_
+
     def apply_measured(self, state: State, x: Array, dx: Array, measure: tuple[Array, ...]) -> tuple[State, Array]:
         m, v, _, (b1t, b2t), _ = state
         b1, b2 = self.beta
@@ -46,7 +49,7 @@ class Mars(MeasuredRule):
         m = b1 * m + (1 - b1) * c
         v = b2 * v + (1 - b2) * abs2(c)
         step = self.eta / (1 - b1t) * m / (1 / sqrt(1 - b2t) * sqrt(v) + self.epsilon)
-        return (m, v, 1.0 * dx, (b1t * b1, b2t * b2), 1.0), step + self.eta * self.lambda_ * x
+        return (m, v, 1.0 * dx, (b1t * b1, b2t * b2), 1.0), step + self.decay_factor(state) * x
 
     def _corrected(self, state: State, dx: Array) -> Array:
         _, _, last, _, seen = state
