@@ -463,3 +463,107 @@ def test_a_summary_of_another_model_is_refused():
     fails(StructureError, lambda: opt.summary(state, {"b": model["a"]}), "'a'")
     fails(ArgumentError, lambda: opt.summary(model, state), "summary(state, model)")
     fails(ArgumentError, lambda: opt.summary(state, model, depth=-1), "depth")
+
+
+# --- ties that are cut after setup --------------------------------------------------------------------------------------------
+
+
+class TiedLayers(torch.nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.a = torch.nn.Linear(width, width, bias=False)
+        self.b = torch.nn.Linear(width, width, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def loaded_by_assignment(net):
+    net.load_state_dict({name: torch.randn_like(value) for name, value in net.state_dict().items()}, assign=True)
+
+
+def exchanged(net):
+    net.b.weight = torch.nn.Parameter(net.b.weight.detach().clone())
+
+
+def first_exchanged(net):
+    net.a.weight = torch.nn.Parameter(net.a.weight.detach().clone())
+
+
+@pytest.mark.parametrize("width", [3, 80])
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("cut", [loaded_by_assignment, exchanged, first_exchanged], ids=lambda f: f.__name__)
+def test_a_tie_of_a_module_that_was_cut_is_told_and_extend_trains_both(cut, steps, width):
+    net = TiedLayers(width)
+    state = opt.setup(opt.Adam(0.1), net)
+    for _ in range(steps):
+        net(torch.ones(1, width)).sum().backward()
+        state, net = opt.update_(state, net)
+    cut(net)
+    net.zero_grad()
+    net(torch.ones(1, width)).sum().backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    assert len(before) == 2
+    for _ in range(2):
+        with pytest.raises(
+            opt.TieError, match=r"'a.weight' and 'b.weight' were one array at setup and are two now.*opt.extend"
+        ):
+            opt.update_(state, net)
+    assert all(map(torch.equal, before, net.parameters()))
+    state = opt.extend(state, net)
+    state, net = opt.update_(state, net)
+    assert not any(map(torch.equal, before, net.parameters()))
+    net.b.weight = net.a.weight  # and a tie that is made is told as well
+    with pytest.raises(opt.TieError, match="were two arrays at setup and are one now"):
+        opt.update_(state, net)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("width", [3, 80])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+def test_a_tie_of_a_tree_that_was_cut_is_told_and_extend_trains_both(step, turned, width, kind):
+    w = np.ones((width, width)) if kind == "numpy" else torch.ones(width, width)
+    model = {"in": w, "out": w.T if turned else w}
+    grads = {"in": w + 0, "out": w + 0}
+    state, model = step(opt.setup(opt.Descent(0.5), model), model, grads)
+    assert (model["in"] == 0).all()
+    state, model = step(state, model, grads)  # a tie that was kept is none that was cut
+    copied = {**model, "out": model["out"] + 0}
+    with pytest.raises(opt.TieError, match="'in' and 'out' were one array at setup and are two now"):
+        step(state, copied, grads)
+    with pytest.raises(opt.TieError, match="'in' and 'out' were one array at setup and are two now"):
+        step(state, {**model, "out": None}, grads)
+    assert (copied["in"] == -1).all()
+    after = opt.extend(state, copied)
+    _, copied = step(after, copied, {"in": w * 0 + 2, "out": w * 0})
+    assert (copied["in"] == -2).all()
+    assert (copied["out"] == -1).all()
+
+
+def test_a_dict_of_the_names_of_a_module_is_asked_as_well():
+    net = TiedLayers()
+    state = opt.setup(opt.Descent(0.5), net)
+    named = dict(net.named_parameters(remove_duplicate=False))
+    grads = {name: torch.ones(3, 3) for name in named}
+    opt.update(state, named, grads)
+    named["b.weight"] = named["b.weight"].detach().clone()
+    with pytest.raises(opt.TieError, match=r"'a.weight' and 'b.weight' were one array at setup"):
+        opt.update(state, named, grads)
+
+
+def test_a_tie_inside_a_transform_is_believed():
+    """There every leaf is wrapped by itself, and has no address."""
+    w = torch.ones(3)
+    model = {"in": w, "out": w}
+    state = opt.setup(opt.Descent(0.5), model)
+
+    def stepped(scale, model):
+        return opt.update(state, model, {"in": scale * torch.ones(3), "out": scale * torch.ones(3)})[1]["out"].sum()
+
+    assert torch.func.grad(stepped)(torch.tensor(1.0), model) == -3
+    assert torch.func.vmap(stepped, (0, None))(torch.ones(2), model).tolist() == [0, 0]
+    assert torch.func.vmap(stepped)(torch.ones(2), {"in": torch.ones(2, 3), "out": torch.ones(2, 3)}).tolist() == [0, 0]

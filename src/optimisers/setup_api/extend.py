@@ -13,6 +13,7 @@ from ..tree.entry import Entry, Lease, host_state, numbers_in
 from ..tree.leaves import Found, Slot, find
 from ..tree.param import Param
 from ..tree.paths import shown
+from ..tree.sealed import Plan
 from ..tree.state import StateTree, check_alive
 from .route import Chooser
 from .setup import check_groups, first_entry, moment_dtype
@@ -153,7 +154,8 @@ class _Extension:
         dropped = [path for path in self.old if path not in {slot.path for slot in self.found.slots}]
         self.notes += [f"dropped {shown(path)}" for path in dropped]
         check_groups([(slot, entry.rule) for slot, entry in zip(self.found.slots, entries, strict=True)])
-        return StateTree(self.found.structure, self.found.slots, entries)
+        plan = Plan(self.found.structure, self.found.slots, self.found.left_out)
+        return StateTree(self.found.structure, self.found.slots, entries, plan=plan)
 
     def _added(self, slot: Slot, x: Any, rule: AbstractRule | None, base: AbstractRule | None, reason: str) -> Entry:
         self.notes.append(f"added {shown(slot.path)}: {'not trained' if rule is None else type(rule).__name__} ({reason})")

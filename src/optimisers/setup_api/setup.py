@@ -16,6 +16,7 @@ from ..tree.entry import Entry, Lease, numbers_in
 from ..tree.leaves import Slot, find, refuse_unsteppable
 from ..tree.param import Param
 from ..tree.paths import shown
+from ..tree.sealed import Plan
 from ..tree.state import StateTree
 from .route import Chooser
 
@@ -80,7 +81,8 @@ def planned(
         x = x if own is None else example(x)
         entries.append(first_entry(own, reason, slot, x, dtype, shared, lease))
     check_groups([(slot, entry.rule) for slot, entry in zip(found.slots, entries, strict=True)])
-    return StateTree(found.structure, found.slots, entries)
+    plan = Plan(found.structure, found.slots, found.left_out)
+    return StateTree(found.structure, found.slots, entries, plan=plan)
 
 
 def first_entry(

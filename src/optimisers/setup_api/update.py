@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,11 +15,12 @@ from ..engine.tree_step import Given, step_tree
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
 from ..tree.entry import device_of
-from ..tree.gradients import gradient_of
+from ..tree.gradients import given_gradients, gradient_of, refuse_untrained
 from ..tree.leaves import Slot
 from ..tree.paths import shown
 from ..tree.state import StateTree, check_alive
 from ..tree.structure import is_module
+from ..tree.ties import refuse_cut, still_tied
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -93,10 +94,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
         leaves = list(work.leaves)
         replaced = False
-        values = stepped.values
-        if isinstance(stepped.state._grouped, GroupedState):  # places that setup saw tied, and that are apart now
-            values |= {i: work.xs[i] for i in stepped.state._grouped.tied if work.dxs[i] is not None and i not in values}
-        for i, new in values.items():
+        for i, new in stepped.values.items():
             written: list[Any] = []
             for place in state._slots[i].places:
                 x = leaves[place.leaf]
@@ -134,7 +132,10 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     check_alive(state)
     structure, slots = state._structure, state._slots
     leaves = structure.flatten(model)
-    given = [leaf.grad for leaf in leaves] if from_module else structure.align(model, grads)
+    given = [leaf.grad for leaf in leaves] if from_module else given_gradients(structure, model, grads)
+    refuse_untrained(state._plan, leaves, given)
+    for i in state._plan.tied:
+        _check_tie(slots[i], leaves, structure.paths)
     grouped = state._grouped
     first = grouped.first if isinstance(grouped, GroupedState) else [slot.places[0].leaf for slot in slots]
     xs = [leaves[leaf] for leaf in first]
@@ -153,6 +154,14 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
         if not alike:
             _check(state, group.slots, xs, dxs, given)
     return Work(leaves, xs, dxs, admitted)
+
+
+def _check_tie(slot: Slot, leaves: list[Any], paths: Sequence[str]) -> None:
+    """Raise TieError unless all places hold the array that the first one holds."""
+    first, *others = slot.places
+    for place in others:
+        if not still_tied(leaves[first.leaf], leaves[place.leaf], place.permutation):
+            refuse_cut(paths[first.leaf], paths[place.leaf])
 
 
 def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any]) -> None:

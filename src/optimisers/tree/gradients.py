@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import cast_to, dtype_name, is_complex, is_inexact, kind, working_dtype
+from ..arrays import cast_to, dtype_name, is_complex, is_inexact, is_number, kind, torch_if_loaded, working_dtype
 from ..errors import GradientError, StructureError, described
 from .destructure import permuted, unpermuted
-from .leaves import Slot
+from .leaves import Slot, is_trainable
 from .paths import shown
+from .sealed import Plan
+from .structure import ModuleStructure, Structure
+
+
+class AtNames(NamedTuple):
+    """The gradients that a module's parameter has at several of its names."""
+
+    pairs: tuple[tuple[str, Any], ...]
+
+
+def given_gradients(structure: Structure, model: Any, grads: Any) -> list[Any]:
+    """For every leaf of the model its gradient, None where there is none, AtNames where there are several."""
+    found = structure.align(model, grads)
+    if grads is None or not isinstance(structure, ModuleStructure) or not structure.aliases:
+        return found
+    others: dict[str, list[tuple[str, Any]]] = {}
+    for alias, name in structure.aliases:
+        if grads.get(alias) is not None:
+            others.setdefault(name, []).append((alias, grads[alias]))
+    for i, path in enumerate(structure.paths):
+        if any(dx is not found[i] for _, dx in others.get(path, ())):
+            found[i] = AtNames(((path, found[i]), *others[path]))
+    return found
 
 
 def gradient_of(slot: Slot, x: Any, grads: Sequence[Any], paths: Sequence[str]) -> Any:
@@ -21,21 +44,54 @@ def gradient_of(slot: Slot, x: Any, grads: Sequence[Any], paths: Sequence[str]) 
     """
     total: Any = None
     seen: list[Any] = []
-    for place in slot.places:
-        dx = grads[place.leaf]
-        if dx is None or any(dx is other for other in seen):
+    for path, given, permutation in _at_places(slot, grads, paths):
+        if given is None or any(given is other for other in seen):
             continue
-        seen.append(dx)
-        if isinstance(dx, np.generic) and isinstance(x, np.ndarray) and x.ndim == 0:
-            dx = np.asarray(dx)  # a 0-d gradient, as NumPy's own arithmetic makes it
-        check_gradient(dx, permuted(x, place.permutation), paths[place.leaf])
-        dx = unpermuted(dx, place.permutation)
+        seen.append(given)
+        scalar = isinstance(given, np.generic) and isinstance(x, np.ndarray) and x.ndim == 0
+        dx = np.asarray(given) if scalar else given  # a 0-d gradient, as NumPy's own arithmetic makes it
+        check_gradient(dx, permuted(x, permutation), path)
+        dx = unpermuted(dx, permutation)
         if total is None:
             total = dx
         else:
             wide = working_dtype(dtype_name(x))
             total = cast_to(total, wide) + cast_to(dx, wide)
     return total
+
+
+def _at_places(slot: Slot, grads: Sequence[Any], paths: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    for leaf, permutation in slot.places:
+        dx = grads[leaf]
+        for path, each in dx.pairs if isinstance(dx, AtNames) else ((paths[leaf], dx),):
+            yield path, each, permutation
+
+
+def refuse_untrained(plan: Plan, leaves: Sequence[Any], grads: Sequence[Any]) -> None:
+    """Raise GradientError for a gradient where the model has nothing that is trained, unless that was somebody's choice.
+
+    Parameters without ``requires_grad`` and what ``trainable=`` left out are passed over, and so is the model's own leaf in the
+    place of a gradient.
+    """
+    for i in plan.untrained:
+        dx, leaf = grads[i], leaves[i]
+        if dx is None or dx is leaf or not (kind(dx) or is_number(dx) or isinstance(dx, AtNames)):
+            continue
+        path = shown(plan.structure.paths[i])
+        if not is_trainable(leaf) or _is_buffer(leaf):
+            what = f"a {dtype_name(leaf)} array" if kind(leaf) else described(leaf)
+            what += " without requires_grad" if is_trainable(leaf) else ""
+            hint = "put None where there is nothing to train"
+            raise GradientError(f"gradient at {path}: the model has {what} there, which is not trained; {hint}")
+        if i not in plan.left_out and getattr(leaf, "requires_grad", True):
+            hint = "opt.extend(state, model) takes it in, and None passes it over"
+            raise GradientError(f"gradient at {path}: what is there was not trainable at setup, and is now; {hint}")
+
+
+def _is_buffer(leaf: Any) -> bool:
+    """Whether it is a tensor beside Parameters that is none itself."""
+    torch = torch_if_loaded()
+    return torch is not None and type(leaf) is torch.Tensor and not leaf.requires_grad
 
 
 def check_gradient(dx: Any, x: Any, path: str) -> None:

@@ -63,6 +63,8 @@ class Found(NamedTuple):
     slots: tuple[Slot, ...]
     params: tuple[tuple[Param, ...], ...]
     """For each slot its description at each of its places, arrays and owners included (the first is the slot's)."""
+    left_out: frozenset[int]
+    """The leaves that could be trained, and that ``trainable=`` left out."""
 
 
 def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
@@ -88,10 +90,12 @@ def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
     for i in wanted:
         _refuse_shapeless(leaves[i], paths[i])
     slots, params = [], []
+    left_out: set[int] = set()
     for group in tied_groups([leaves[i] for i in wanted], [paths[i] for i in wanted]):
         places = tuple(Place(wanted[i], permutation) for i, permutation in group)
         here = _descriptions(places, leaves, paths, structure, owners, aliases)
         if trainable is not None and not trainable(here[0]):
+            left_out.update(place.leaf for place in places)
             continue
         first = leaves[places[0].leaf]
         at = here[0]
@@ -100,7 +104,7 @@ def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
         params.append(here)
     if not slots:
         raise ModelError(_nothing_to_train(leaves, paths, narrowed=trainable is not None))
-    return Found(structure, leaves, tuple(slots), tuple(params))
+    return Found(structure, leaves, tuple(slots), tuple(params), frozenset(left_out))
 
 
 def _descriptions(

@@ -18,12 +18,25 @@ from .structure import Structure
 
 @final
 class Plan:
-    """What all states of one model have in common: a constant, into which a tracer does not look."""
+    """What all states of one model have in common: a constant, into which a tracer does not look.
 
-    __slots__ = ("slots", "structure")
+    Attributes:
+        structure: of the model.
+        slots: its trainable arrays.
+        tied: the numbers of those that stand at several places.
+        untrained: the numbers of the other leaves.
+        left_out: those of them that ``trainable=`` has left out; all, where it is not known which.
 
-    def __init__(self, structure: Structure, slots: tuple[Slot, ...]) -> None:
+    """
+
+    __slots__ = ("left_out", "slots", "structure", "tied", "untrained")
+
+    def __init__(self, structure: Structure, slots: tuple[Slot, ...], left_out: frozenset[int] | None = None) -> None:
         self.structure, self.slots = structure, slots
+        self.tied = tuple(i for i, slot in enumerate(slots) if len(slot.places) > 1)
+        trained = {place.leaf for slot in slots for place in slot.places}
+        self.untrained = tuple(i for i in range(len(structure.paths)) if i not in trained)
+        self.left_out = frozenset(self.untrained) if left_out is None else left_out
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

@@ -13,6 +13,7 @@ import optree
 from ..arrays import torch_if_loaded
 from ..errors import ArgumentError, ModelError, StructureError, described
 from .paths import keys_of, path_of, paths_of, shown
+from .ties import refuse_cut, still_tied
 
 _DICTS = (dict, OrderedDict, defaultdict)
 
@@ -103,9 +104,12 @@ class ModuleStructure:
             if found is not None:
                 return found
             named = {name: parameter for name, parameter, _ in named_parameters(model)}
+            self._refuse_cut_ties(named)
             _remember(model, self, named)
         elif isinstance(model, Mapping):
             named = dict(model)
+            if what == "model":
+                self._refuse_cut_ties(named)
         else:
             if what == "gradient":
                 expected = "a dict of its parameters' names, or be left out to use .grad"
@@ -124,6 +128,11 @@ class ModuleStructure:
             msg = f"{what}: {' and '.join(parts)}. {hint}"
             raise StructureError(msg)
         return [named[path] for path in self.paths]
+
+    def _refuse_cut_ties(self, named: Mapping[str, Any]) -> None:
+        for alias, name in self.aliases:
+            if alias in named and name in named and not still_tied(named[name], named[alias]):
+                refuse_cut(name, alias)
 
     def align(self, _model: Any, grads: Any) -> list[Any]:
         """For every parameter its gradient from a mapping of names."""
@@ -157,6 +166,8 @@ class _Seen(NamedTuple):
     names: list[tuple[str, ...]]
     places: list[tuple[int, str]]
     """For each parameter of the structure the number of the module that holds it, and its name there."""
+    ties: list[tuple[tuple[int, str], tuple[int, str]]]
+    """Places that hold one parameter."""
     structure: weakref.ref[ModuleStructure]
 
 
@@ -172,6 +183,8 @@ def _parameters_as_before(module: Any, structure: ModuleStructure) -> list[Any] 
     held = [m._parameters for m in modules]
     if modules[1:] != seen.modules or list(map(tuple, held)) != seen.names:
         return None
+    if any(held[m][a] is not held[n][b] for (m, a), (n, b) in seen.ties):
+        return None
     leaves = [held[number][name] for number, name in seen.places]
     return None if any(leaf is None for leaf in leaves) else leaves
 
@@ -179,11 +192,16 @@ def _parameters_as_before(module: Any, structure: ModuleStructure) -> list[Any] 
 def _remember(module: Any, structure: ModuleStructure, named: dict[str, Any]) -> None:
     modules = _modules(module)
     held = [m._parameters for m in modules]
-    where = {id(p): (number, name) for number, own in enumerate(held) for name, p in own.items()}
-    places = [where.get(id(named.get(path))) for path in structure.paths]
-    if id(None) in where or None in places or len(where) != len(places):
+    where: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
+    for number, own in enumerate(held):
+        for name, p in own.items():
+            where[id(p)].append((number, name))
+    places = [where.get(id(named.get(path)), []) for path in structure.paths]
+    if id(None) in where or [] in places or len(where) != len(places):
         return  # something may come or go without a change of names
-    _seen[module] = _Seen(modules[1:], list(map(tuple, held)), places, weakref.ref(structure))  # type: ignore[arg-type]
+    first = [at[0] for at in places]
+    ties = [(at[0], other) for at in places for other in at[1:]]
+    _seen[module] = _Seen(modules[1:], list(map(tuple, held)), first, ties, weakref.ref(structure))
 
 
 def _modules(module: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -78,6 +78,30 @@ def tied_groups(arrays: Sequence[Any], paths: Sequence[str]) -> list[list[tuple[
         by_id[id(x)] = (group, permutation)
     _refuse_overlaps([(layout, paths[g[0][0]]) for layout, g in zip(layouts, groups, strict=True) if layout is not None])
     return groups
+
+
+def still_tied(first: Any, other: Any, permutation: tuple[int, ...] | None = None) -> bool:
+    """Whether the second array is the first one with its axes in this order; believed where arrays have no address."""
+    if other is first and permutation is None:
+        return True
+    if kind(first) is None or kind(first) != kind(other) or len(first.shape) != len(other.shape):
+        return False
+    a, b = layout_of(first), layout_of(other)
+    if a is None or b is None:
+        return True
+    axes = permutation or range(len(a.shape))
+    sides = zip(b.shape, b.strides, axes, strict=True)
+    fits = all(size == a.shape[j] and (size <= 1 or stride == a.strides[j]) for size, stride, j in sides)
+    return fits and (a.device, a.address, a.dtype) == (b.device, b.address, b.dtype)
+
+
+def refuse_cut(path: str, other: str) -> NoReturn:
+    """Raise TieError for two places that setup saw tied, and that are not any more."""
+    msg = (
+        f"{shown(path)} and {shown(other)} were one array at setup and are two now, with one state and one gradient for both; "
+        "opt.extend(state, model) makes a state for each"
+    )
+    raise TieError(msg)
 
 
 def _permutation(first: Layout, other: Layout) -> tuple[int, ...] | None:
