@@ -138,6 +138,21 @@ def leaves_2000(settings):
     return compare("leaves/2000", sides, pairs, settings)
 
 
+@case("leaves/scheduled")
+def leaves_scheduled(settings):
+    model, grads = peers.tensors(many(), 0), peers.tensors(many(), 1)
+    what = "2,000 leaves of 64x64 and 64, AdamW, a learning rate for each step"
+    adjusted, adapter, scheduled = "adjust, update_", "adapter, LambdaLR", "torch fused, LambdaLR"
+    sides = {
+        adjusted: lambda: ours.adjusted(ours.adamw(), model, grads),
+        OURS: lambda: ours.in_place(ours.adamw(), model, grads),
+        adapter: lambda: peers.adapter_scheduled(model, grads),
+        scheduled: lambda: peers.torch_scheduled(model, grads),
+    }
+    pairs = [of(what, adjusted, OURS, 1.15), of(what, adapter, scheduled, 1.1)]
+    return compare("leaves/scheduled", sides, pairs, settings)
+
+
 @case("leaves/6")
 def leaves_6(settings):
     model, grads = peers.tensors(mlp(), 0), peers.tensors(mlp(), 1)

@@ -1,5 +1,6 @@
 """This library's sides. Nothing here imports torch."""
 
+import itertools
 from typing import Any
 
 import optimisers as opt
@@ -48,6 +49,17 @@ class Pure(InPlace):
 
 def in_place(rule: opt.AbstractRule, model: Any, grads: Any) -> Step:
     return InPlace(rule, model, grads)
+
+
+def adjusted(rule: opt.AbstractRule, model: Any, grads: Any) -> Step:
+    """`adjust`, then ``update_``, which is what a schedule by hand is."""
+    step, turn = InPlace(rule, model, grads), itertools.count(1)
+
+    def scheduled():
+        step.state = opt.adjust(step.state, ETA / next(turn))
+        step()
+
+    return scheduled
 
 
 def pure(rule: opt.AbstractRule, model: Any, grads: Any) -> Step:

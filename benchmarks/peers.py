@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+import optimisers.torch
 from measuring import Step
-from ours import DECAY, ETA
+from ours import DECAY, ETA, adamw
 from problems import Shapes, arrays
 
 Tensors = dict[str, torch.Tensor]
@@ -34,6 +35,26 @@ def parameters(model: Tensors, grads: Tensors) -> list[torch.nn.Parameter]:
 def by_torch(make: Callable[..., torch.optim.Optimizer], model: Tensors, grads: Tensors, **options: Any) -> Step:
     """The step of an optimizer with the interface of torch.optim."""
     return make(parameters(model, grads), **options).step
+
+
+def by_scheduler(optimizer: torch.optim.Optimizer) -> Step:
+    """The step of an optimizer and that of a scheduler, which gives another learning rate each time."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1))
+
+    def step():
+        optimizer.step()
+        scheduler.step()
+
+    return step
+
+
+def torch_scheduled(model: Tensors, grads: Tensors) -> Step:
+    return by_scheduler(torch.optim.AdamW(parameters(model, grads), lr=ETA, weight_decay=DECAY, fused=True))
+
+
+def adapter_scheduled(model: Tensors, grads: Tensors) -> Step:
+    """This library behind the interface of torch.optim."""
+    return by_scheduler(optimisers.torch.Optimizer(adamw(), parameters(model, grads)))
 
 
 def torch_adamw(model: Tensors, grads: Tensors, **how: bool) -> Step:

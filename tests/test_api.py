@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import optimisers as opt
+from optimisers.tree.entry import Entry
 
 
 class Layer(NamedTuple):
@@ -169,6 +170,57 @@ def test_adjust_of_a_rule_and_of_a_leaf():
     new = opt.adjust(leaf, 0.1)
     assert new.rule == opt.Adam(0.1)
     assert new.state is leaf.state
+
+
+@pytest.mark.parametrize("lib", ["numpy", "torch"])
+def test_adjust_at_every_step_costs_what_there_are_rules_of(lib, monkeypatch):
+    make = np.ones if lib == "numpy" else torch.ones
+    model = {f"{'a' if i % 3 else 'b'}{i}": make((32, 16)) for i in range(30)}
+    a, b = opt.AdamW(0.1), opt.AdamW(0.2)
+    state = opt.setup(lambda param: a if param.path.startswith("a") else b, model)
+    state, model = opt.update_(state, model, model)
+    calls = {"with_eta": 0, "replace": 0}
+
+    def counted(owner, name):
+        inner = getattr(owner, name)
+
+        def call(*args, **more):
+            calls[name] += 1
+            return inner(*args, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(opt.AdamW, "with_eta")
+    counted(Entry, "replace")
+    for k in range(4):
+        state = opt.adjust(state, 0.1 / (k + 1))
+        state, model = opt.update_(state, model, model)
+    assert calls == {"with_eta": 2 * 4, "replace": 0}
+    assert set(etas(state).values()) == {0.025}
+
+
+@pytest.mark.parametrize("lib", ["numpy", "torch"])
+def test_selections_that_overlap_adjust_each_parameter_as_asked(lib):
+    rng = np.random.default_rng(4)
+    make = np.array if lib == "numpy" else torch.tensor
+    expected = {f"{i}": rng.standard_normal((40, 16)) for i in range(12)}
+    rates = dict.fromkeys(expected, 0.5)
+    model = {path: make(x) for path, x in expected.items()}
+    state = opt.setup(opt.Descent(0.5), model)
+    for step in range(12):
+        chosen = set(rng.permutation(list(expected))[: rng.integers(1, 12)].tolist())
+        eta = float(rng.uniform(0, 1))
+        state = opt.adjust(state, eta, where=lambda param, chosen=chosen: param.path in chosen)
+        rates |= dict.fromkeys(chosen, eta)
+        if step == 6:
+            state = opt.adjust(state, times=0.25)
+            rates = dict.fromkeys(expected, 0.125)
+        assert etas(state) == rates
+        grads = {path: rng.standard_normal(x.shape) for path, x in expected.items()}
+        state, model = opt.update(state, model, {path: make(dx) for path, dx in grads.items()})
+        expected = {path: x - rates[path] * grads[path] for path, x in expected.items()}
+        for path, x in expected.items():
+            np.testing.assert_allclose(np.asarray(model[path]), x, rtol=1e-12, atol=1e-13)
 
 
 def test_adjust_passes_over_what_is_not_trained():

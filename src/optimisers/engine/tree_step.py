@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import Untraceable, kind, torch_if_loaded
 from ..rules._states import state_leaves
 from ..tree.entry import Entry, Lease
+from ..tree.heads import Heads
 from ..tree.state import StateTree, rebuilt
 from . import aliasing, autograd
 from .groups.group import Group
@@ -88,7 +89,7 @@ def _without_groups(given: Given, *, graph: bool) -> Stepped:
         stepped = _Step(given, none, graph=graph, packs=not graph).taken()
     except GuardFailed:
         stepped = _Step(given, none, graph=graph, packs=False).taken()
-    return stepped._replace(state=rebuilt(given.tree, stepped.state._heads))
+    return stepped._replace(state=rebuilt(given.tree, stepped.state._by_kind))
 
 
 def _planned(tree: StateTree, grouped: GroupedState | None, xs: Sequence[Any]) -> GroupedState:
@@ -197,7 +198,8 @@ class _Step:
     def _jobs(self) -> dict[int, Job]:
         """What the rules themselves are to step."""
         members = (self.grouped.group_states[n].group.slots[k] for n, misfits in self.misfits.items() for k in misfits)
-        return jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, [*self.grouped.ungrouped, *members])
+        slots = [*self.grouped.ungrouped, *members]
+        return jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, slots) if slots else {}
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
@@ -218,7 +220,7 @@ class _Step:
         if self.given.in_place:
             for old in self.grouped.leases():
                 old.ended = True
-            entries = self._entries
+            entries = self._entries if self.grouped.ungrouped else ()
             for i in self.grouped.ungrouped:
                 entries[i].lease.ended = True
         for track in packed:
@@ -240,17 +242,19 @@ class _Step:
 
     def _state(self, group_states: list[GroupState]) -> StateTree:
         """The new state: groups, and entries of what the rules have stepped."""
-        tree, entries, ungrouped = self.given.tree, self._entries, set(self.grouped.ungrouped)
-        grouped, heads = self.grouped, tree._heads
+        tree, grouped, ungrouped = self.given.tree, self.grouped, set(self.grouped.ungrouped)
+        heads = tree._by_kind
         if tree._grouped is not grouped:  # no old arrays are kept alive by entries that are only heads from now on
-            heads = tuple(head if grouped.where[i] is None else head.replace(state=None) for i, head in enumerate(heads))
+            where = grouped.where
+            heads = Heads(e if where[i] is None else e.replace(state=None) for i, e in enumerate(heads.entries))
         if ungrouped:
-            heads = tuple(self._after(i, entry) if i in ungrouped else heads[i] for i, entry in enumerate(entries))
+            entries, old = self._entries, heads.entries
+            heads = Heads(self._after(i, entry) if i in ungrouped else old[i] for i, entry in enumerate(entries))
         changed = self._put_misfits(group_states)
         state = rebuilt(tree, heads, grouped.next(group_states, self.lease))
         if not changed:
             return state
-        return rebuilt(tree, [self._after(i, entries[i]) if i in changed else e for i, e in enumerate(state._entries)])
+        return rebuilt(tree, [self._after(i, self._entries[i]) if i in changed else e for i, e in enumerate(state._entries)])
 
     def _after(self, slot: int, entry: Entry) -> Entry:
         return entry_after(entry, self.outcomes.get(slot), self.lease, consume=self.given.in_place)

@@ -148,29 +148,29 @@ def with_entries(
     tree: Any, groups: Sequence[Group], changes: Sequence[Mapping[str, Any]], *, loaded: bool = False
 ) -> StateTree:
     """The state tree with other hyper-parameters in some groups; loaded states belong to these already."""
-    heads = list(tree._heads)
-    repower: dict[int, Betas] = {}
-    for i, (known, changed) in enumerate(zip(groups, changes, strict=True)):
-        if not changed:
-            continue
-        done: dict[tuple[int, int], tuple[AbstractRule, Any]] = {}
+    labels = [-1] * len(tree._slots)
+    for i, known in enumerate(groups):
         for number in known.slots:
-            head = heads[number]
-            key = (id(head.rule), id(head.base))
-            if key not in done:
-                with naming_group(i):
-                    new = known.entries.apply(changed, head.rule, head.base)
-                done[key] = new, [] if loaded else changed_betas(head.rule, new)
-            rule, betas = done[key]
-            heads[number] = head.replace(rule=rule)
-            if betas:
-                repower[number] = betas
-    new_tree = reruled(tree, heads)
+            labels[number] = i
+    heads = tree._by_kind.split(labels)
+    new = list(heads.rules.distinct)
+    repower: dict[int, Betas] = {}
+    for kind, first in enumerate(heads.firsts):
+        i = labels[first]
+        old: Any = new[kind]
+        if i < 0 or not changes[i]:
+            continue
+        with naming_group(i):
+            new[kind] = groups[i].entries.apply(changes[i], old, heads.given[first].base)
+        if not loaded and (betas := changed_betas(old, new[kind])):
+            repower[kind] = betas
+    new_tree = reruled(tree, heads.with_rules(new))
     if not repower:
         return new_tree
     entries = list(new_tree._entries)
-    for number, betas in repower.items():
-        entries[number] = entries[number].replace(state=repowered(entries[number].state, betas))
+    for number, kind in enumerate(heads.rules.kinds):
+        if kind in repower:
+            entries[number] = entries[number].replace(state=repowered(entries[number].state, repower[kind]))
     return rebuilt(tree, entries)
 
 

@@ -9,6 +9,7 @@ from ..rules._adjust import Change, adjust_rule
 from ..rules._base import AbstractRule
 from ..rules.gradients.accumgrad import gathers_otherwise, regathered
 from ..tree.entry import Leaf, host_state
+from ..tree.heads import Heads
 from ..tree.select import selected
 from ..tree.state import StateTree, check_alive, rebuilt, reruled
 
@@ -73,39 +74,36 @@ def adjust(
 
 def _adjust_tree(state: StateTree, change: Change, where: Any) -> StateTree:
     check_alive(state)
-    chosen = selected([slot.param for slot in state._slots], where)
-    done: dict[tuple[int, int], AbstractRule] = {}  # leaves that share a rule go on sharing it
+    heads = state._by_kind
+    hit = None
+    if where is not None:
+        hit = selected([slot.param for slot in state._slots], where)
+        heads = heads.split(hit)
+    new = list(heads.rules.distinct)
     found: set[str] = set()
-    entries, rules = [], []
-    for slot, entry, hit in zip(state._slots, state._heads, chosen, strict=True):
-        if not hit or entry.rule is None or entry.base is None:
-            entries.append(entry)
+    rules = []
+    for kind, slot in enumerate(heads.firsts):
+        rule, base = new[kind], heads.given[slot].base
+        if rule is None or base is None or (hit is not None and not hit[slot]):
             continue
-        key = (id(entry.rule), id(entry.base))
-        if key not in done:
-            with locating(slot.path):
-                done[key], names = change.apply(entry.rule, entry.base)
-            found |= names
-            rules.append(entry.rule)
-        entries.append(entry.replace(rule=done[key]))
+        with locating(state._slots[slot].path):
+            new[kind], names = change.apply(rule, base)
+        found |= names
+        rules.append(rule)
     change.refuse_unfound(found, rules)
-    return _with_gathered(state, reruled(state, entries))
+    return _with_gathered(state, heads, heads.with_rules(new))
 
 
-def _with_gathered(before: StateTree, after: StateTree) -> StateTree:
-    """The state after a change of rules, with what an AccumGrad has gathered in the weight that it has now."""
-    known: dict[tuple[int, int], bool] = {}
-    changed = []
-    for i, (old, new) in enumerate(zip(before._heads, after._heads, strict=True)):
-        key = id(old.rule), id(new.rule)
-        if key not in known:
-            known[key] = gathers_otherwise(old.rule, new.rule)
-        if known[key]:
-            changed.append(i)
+def _with_gathered(state: StateTree, before: Heads, heads: Heads) -> StateTree:
+    """The state with these rules, and with what an AccumGrad has gathered in the weight that it has now."""
+    after = reruled(state, heads)
+    old, new = before.rules.distinct, heads.rules.distinct
+    changed = {kind for kind, (was, now) in enumerate(zip(old, new, strict=True)) if gathers_otherwise(was, now)}
     if not changed:
         return after
     entries = list(after._entries)
-    for i in changed:
-        was: Any = before._heads[i].rule
-        entries[i] = entries[i].replace(state=regathered(host_state(entries[i]), was, entries[i].rule))  # type: ignore[arg-type]
+    for i, kind in enumerate(heads.rules.kinds):
+        if kind in changed:
+            was: Any = old[kind]
+            entries[i] = entries[i].replace(state=regathered(host_state(entries[i]), was, entries[i].rule))  # type: ignore[arg-type]
     return rebuilt(after, entries)

@@ -50,12 +50,10 @@ def to(state: StateTree, *, device: Any = None, dtype: Any = None) -> StateTree:
 def beside(state: StateTree, leaves: Sequence[Any]) -> StateTree:
     """The state with the tensors of every entry on the device of its parameter; the state itself if they are there."""
     grouped = state._grouped
-    wrong = []
-    for i, slot in enumerate(state._slots):
-        x = leaves[slot.places[0].leaf]
-        if kind(x) != "torch":
-            continue
-        device = grouped.device(i) if grouped is not None and grouped.holds(i) else device_of(state._heads[i].state)
+    wrong = [] if grouped is None else grouped.elsewhere(leaves)
+    for i in range(len(state._slots)) if grouped is None else grouped.ungrouped:
+        x = leaves[state._slots[i].places[0].leaf]
+        device = device_of(state._heads[i].state) if kind(x) == "torch" else None
         if device is not None and device != x.device:
             wrong.append(i)
     if not wrong:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -86,8 +85,8 @@ class Entry:
     lease: Lease
 
     def replace(self, **changes: Any) -> Entry:
-        new = copy.copy(self)
-        new.__dict__.update(changes)
+        new = object.__new__(Entry)
+        new.__dict__.update(self.__dict__, **changes)
         return new
 
 

@@ -16,6 +16,7 @@ from ..rules._base import AbstractRule
 from ..rules._fields import is_tensor
 from ..rules._states import map_state
 from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
+from .heads import Heads
 from .leaves import Place, Slot
 from .sealed import Plan
 from .sealed import register as register_sealed
@@ -29,8 +30,12 @@ class StatesByGroup(Protocol):
     def is_empty(self) -> bool:
         """Whether no state is held so."""
 
-    def device(self, slot: int) -> Any:
-        """The device of torch on which the state of this slot lies, if it is held so; None for NumPy's."""
+    def elsewhere(self, leaves: Sequence[Any]) -> list[int]:
+        """The slots held so of which the parameter, among these leaves of the model, is not on the device of the state."""
+
+    @property
+    def ungrouped(self) -> Sequence[int]:
+        """The slots that are held otherwise."""
 
     def holds(self, slot: int) -> bool:
         """Whether the state of this slot is held so."""
@@ -41,7 +46,7 @@ class StatesByGroup(Protocol):
     def ended(self, heads: Sequence[Entry]) -> bool:
         """Whether ``update_`` has taken over memory of these states."""
 
-    def with_heads(self, heads: Sequence[Entry]) -> StatesByGroup | None:
+    def with_heads(self, heads: Heads) -> StatesByGroup | None:
         """The same states with other rules; None if they cannot be held by group any more."""
 
 
@@ -56,13 +61,12 @@ class StateTree:
     of rules that are tensors; a tied array appears once.
     """
 
-    __slots__ = ("_grouped", "_heads", "_plan", "_slots", "_structure", "_whole")
+    __slots__ = ("_by_kind", "_grouped", "_plan", "_slots", "_structure", "_whole")
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     _structure: Structure
     _slots: tuple[Slot, ...]
-    _heads: tuple[Entry, ...]
-    """The entries, but states that are held by group are out of date in them, and so are their leases."""
+    _by_kind: Heads
     _grouped: StatesByGroup | None
     _whole: tuple[Entry, ...] | None
 
@@ -72,25 +76,31 @@ class StateTree:
         self,
         structure: Structure,
         slots: tuple[Slot, ...],
-        entries: Iterable[Entry],
+        entries: Iterable[Entry] | Heads,
         grouped: StatesByGroup | None = None,
         *,
         plan: Plan | None = None,
     ) -> None:
-        heads = tuple(entries)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_slots", slots)
-        object.__setattr__(self, "_heads", heads)
+        object.__setattr__(self, "_by_kind", entries if isinstance(entries, Heads) else Heads(entries))
         object.__setattr__(self, "_grouped", grouped)
         object.__setattr__(self, "_plan", plan or Plan(structure, slots))
-        object.__setattr__(self, "_whole", heads if grouped is None or grouped.is_empty() else None)
+        object.__setattr__(self, "_whole", None)
         _register_with_torch()
+
+    @property
+    def _heads(self) -> tuple[Entry, ...]:
+        """The entries, but states that are held by group are out of date in them, and so are their leases."""
+        return self._by_kind.entries
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
         """What is kept for each slot; states that are held by group are shown by leaf."""
+        grouped = self._grouped
+        if grouped is None or grouped.is_empty():
+            return self._heads
         if self._whole is None:
-            grouped: Any = self._grouped
             shown = tuple(grouped.entry(i, head) for i, head in enumerate(self._heads))
             object.__setattr__(self, "_whole", shown)
         return self._whole  # type: ignore[return-value]
@@ -234,22 +244,23 @@ def check_alive(state: StateTree) -> None:
 
 def _has_ended(state: StateTree) -> bool:
     if state._grouped is not None:
-        return state._grouped.ended(state._heads)
-    return any(entry.lease.ended for entry in state._heads)
+        return state._grouped.ended(state._by_kind.given)
+    return any(entry.lease.ended for entry in state._by_kind.given)
 
 
-def rebuilt(state: StateTree, entries: Iterable[Entry], grouped: StatesByGroup | None = None) -> StateTree:
+def rebuilt(state: StateTree, entries: Iterable[Entry] | Heads, grouped: StatesByGroup | None = None) -> StateTree:
     """The same tree with other entries, or states that are held otherwise."""
     return StateTree(state._structure, state._slots, entries, grouped, plan=state._plan)
 
 
-def reruled(state: StateTree, heads: Iterable[Entry]) -> StateTree:
+def reruled(state: StateTree, heads: Iterable[Entry] | Heads) -> StateTree:
     """The same states with other rules, or frozen ones: ``heads`` are the tree's own but for these."""
-    new = tuple(heads)
+    new = heads if isinstance(heads, Heads) else Heads(heads)
     grouped = None if state._grouped is None else state._grouped.with_heads(new)
     if state._grouped is not None and grouped is None:
         whole = state._entries
-        new = tuple(e.replace(rule=h.rule, base=h.base, frozen=h.frozen) for e, h in zip(whole, new, strict=True))
+        pairs = zip(whole, new.entries, strict=True)
+        new = Heads(e.replace(rule=h.rule, base=h.base, frozen=h.frozen) for e, h in pairs)
     return rebuilt(state, new, grouped)
 
 

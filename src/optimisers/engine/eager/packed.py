@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number
 from ...rules._precision import lacks_range, usable_in_float16
 from ...rules._states import state_leaves
+from ...tree.heads import Rules
 from ..graph.program import Boundary, Part
 from ..graph.trace import filled, nesting, structure_of_rule
 from ..groups.group import Group, hyper_of, inner
@@ -132,7 +133,7 @@ class Bucket(Group):
         self.device = None
         self.key = structure, nested, wide, self.dtype, "torch", None
         low = lacks_range([part.dtype for part in form if part.form == "array"])
-        self.rules = [usable_in_float16(job.rule) if low else job.rule for job in jobs]
+        self.rules = Rules.sharing([usable_in_float16(job.rule) if low else job.rule for job in jobs])
         self.paths = [job.path for job in jobs]
         self.hyper = hyper_of(self.rules)
         self.template = jobs[0].state
@@ -207,7 +208,7 @@ class Packed(Track):
         self.group, self.script, self.program, self.matrix, self.in_place = group, script, script.program, matrix, in_place
         self.slots = [items[i].slot for i in members]
         self.jobs, self.leaves = [items[i].job for i in members], [items[i].leaves for i in members]
-        self.rules = [group.rules[i] for i in members]
+        self.rules = [group.rules.of(i) for i in members]
         self.rule = self.jobs[0].rule
         self.passed = Counter()
         self._asked = 0

@@ -130,7 +130,7 @@ class DeviceTrack(GroupTrack):
     def to_check(self) -> list[Checked]:
         members = self.members.tolist()
         return [
-            Checked([(self.group.paths[i], inner(self.group.rules[i], boundary.where)) for i in members], values)
+            Checked([(self.group.paths[i], inner(self.group.rules.of(i), boundary.where)) for i in members], values)
             for boundary, values in self._checked
         ]
 

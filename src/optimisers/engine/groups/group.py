@@ -13,6 +13,7 @@ from ...arrays import Untraceable, is_number
 from ...errors import CompileWarning, locating
 from ...rules._base import AbstractRule, walk
 from ...rules._states import state_leaves
+from ...tree.heads import Rules
 from ..graph.program import Place, Program, Schedule
 from ..graph.trace import filled, numbers_of, structure_of_rule, trace
 from ..kernels.c import compiler as build
@@ -73,9 +74,7 @@ class Group:
 
     """
 
-    def __init__(
-        self, key: Any, slots: list[int], paths: list[str], rules: list[AbstractRule], xs: list[Any], template: Any
-    ) -> None:
+    def __init__(self, key: Any, slots: list[int], paths: list[str], rules: Rules, xs: list[Any], template: Any) -> None:
         self.key = key
         self.slots = slots
         self.paths = paths
@@ -102,10 +101,10 @@ class Group:
         self._layout: Layout | None = None
         self._stacks: dict[Place, list[Stack]] = {}
 
-    def with_rules(self, rules: list[AbstractRule]) -> Group | None:
+    def with_rules(self, rules: Rules) -> Group | None:
         """The group with other numbers in its rules; None if they are of another kind now."""
         try:
-            if any(structure_of_rule(rule) != self.structure for rule in {id(rule): rule for rule in rules}.values()):
+            if any(structure_of_rule(rules.distinct[k]) != self.structure for k in set(rules.kinds)):
                 return None
         except Untraceable:
             return None
@@ -142,7 +141,7 @@ class Group:
         alone: list[list[int]] = []
         for i in members.tolist():
             if (self.device is not None or self.sizes[i] < ALONE_FROM) and is_row_major(self.shapes[i], self.strides[i]):
-                found.setdefault((likeness(inner(self.rules[i], where)), self.shapes[i]), []).append(i)
+                found.setdefault((likeness(inner(self.rules.of(i), where)), self.shapes[i]), []).append(i)
             else:
                 alone.append([i])
         for like in found.values():
@@ -151,7 +150,7 @@ class Group:
         stacks = []
         for chosen in alone:
             with locating(self.paths[chosen[0]]):
-                inner(self.rules[chosen[0]], where).check(self.shapes[chosen[0]])
+                inner(self.rules.of(chosen[0]), where).check(self.shapes[chosen[0]])
             size, shape, strides = int(self.sizes[chosen[0]]), self.shapes[chosen[0]], self.strides[chosen[0]]
             if len(chosen) > 1:
                 shape, strides = (len(chosen), *shape), (size, *strides)
@@ -213,7 +212,7 @@ class Group:
     def _follow(self, schedule: Schedule, matrix: Vector, columns: dict[str, int], members: Vector) -> None:
         known: dict[tuple[int, float], list[float]] = {}
         for member in members:
-            row, rule = matrix[member], self.rules[member]
+            row, rule = matrix[member], self.rules.of(member)
             count = row[columns[schedule.counter]]
             key = (id(rule), count)
             if key not in known:
@@ -249,7 +248,7 @@ class Group:
         return found
 
     def _traced(self, member: int, counters: Vector, dx_dtype: str, key: Any) -> Variant:
-        rule = self.rules[member]
+        rule = self.rules.of(member)
         try:
             sample = {f"h{k}": v for k, v in enumerate(self.hyper[member])}
             sample |= {f"c{i}": counters[member, k] for k, i in enumerate(self.numbers)}
@@ -285,16 +284,13 @@ def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
         warnings.warn(msg, CompileWarning, stacklevel=2)
 
 
-def hyper_of(rules: Sequence[AbstractRule]) -> Vector:
-    """The numbers in the fields of rules of one structure, a row each."""
-    rows: dict[int, list[float]] = {}
-    for rule in rules:
-        if id(rule) not in rows:
-            rows[id(rule)] = numbers_of(rule)
+def hyper_of(rules: Rules) -> Vector:
+    """The numbers in the fields of rules of one structure, a row for each array."""
+    rows = {k: numbers_of(rules.distinct[k]) for k in set(rules.kinds)}
     if len(rows) == 1:
         (row,) = rows.values()
-        return np.tile(np.array(row, np.float64), (len(rules), 1))
-    return np.array([rows[id(rule)] for rule in rules], np.float64).reshape(len(rules), -1)
+        return np.tile(np.array(row, np.float64), (len(rules.kinds), 1))
+    return np.array([rows[k] for k in rules.kinds], np.float64).reshape(len(rules.kinds), -1)
 
 
 def inner(rule: AbstractRule, where: Sequence[tuple[str, int | None]]) -> Any:

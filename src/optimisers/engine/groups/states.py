@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ...rules._wrapper import Wrapper
 from ...rules.wrappers.chain import OptimiserChain
 from ...rules.wrappers.scheduled import Scheduled
 from ...tree.entry import Entry, Lease
+from ...tree.heads import Heads
 from ...tree.leaves import Slot
 from ..graph.program import COMPILED
 from ..graph.trace import filled, form_of, nesting, structure_of_rule
@@ -181,10 +183,14 @@ class GroupedState:
         """Whether no state is held so."""
         return not self.group_states
 
-    def device(self, slot: int) -> Any:
-        """The device of torch on which the state of this slot lies, if it is held so; None for NumPy's."""
-        place = self.where[slot]
-        return None if place is None else self.group_states[place[0]].group.place
+    def elsewhere(self, leaves: Sequence[Any]) -> list[int]:
+        """The slots held so of which the parameter, among these leaves of the model, is not on the device of the state."""
+        first, found = self.first, []
+        for group in (group_state.group for group_state in self.group_states):
+            place = group.place
+            if place is not None:
+                found += [i for i in group.slots if leaves[first[i]].device != place]
+        return found
 
     def holds(self, slot: int) -> bool:
         """Whether the state of this slot is held so."""
@@ -218,30 +224,25 @@ class GroupedState:
                     return True
         return any(heads[i].lease.ended for i in self.ungrouped)
 
-    def with_heads(self, heads: Sequence[Entry]) -> GroupedState | None:
+    def with_heads(self, heads: Heads) -> GroupedState | None:
         """The same states with other rules; None if they cannot be held by group any more."""
         group_states = []
         for group_state in self.group_states:
             group: Group | None = group_state.group
-            rules: list[Any] = [heads[i].rule for i in group_state.group.slots]
-            if any(a is not b for a, b in zip(rules, group_state.group.rules, strict=True)):
+            rules = heads.rules.at(group_state.group.slots)
+            if not all(map(is_, rules.each(), group_state.group.rules.each())):
                 group = group_state.group.with_rules(rules)
             if group is None:
                 return None
             group_states.append(GroupState(group, group_state.columns, group_state.counters))
         grouped = self.next(group_states, self.lease)
-        grouped.idle = idle_slots(heads)
+        grouped.idle = heads.idle
         return grouped
-
-
-def idle_slots(heads: Sequence[Entry]) -> list[int]:
-    """The slots that take no step, whatever their gradients."""
-    return [i for i, head in enumerate(heads) if head.frozen or head.rule is None]
 
 
 def without_groups(entries: Sequence[Entry], cache: RunCache, slots_of: Sequence[Slot]) -> GroupedState:
     """The states of entries, none of them in a group."""
-    return GroupedState([], [None] * len(entries), cache, Lease(), idle_slots(entries), slots_of, pending=False)
+    return GroupedState([], [None] * len(entries), cache, Lease(), Heads(entries).idle, slots_of, pending=False)
 
 
 def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, slots_of: Sequence[Slot]) -> GroupedState:
@@ -251,7 +252,7 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
     """
     where: list[tuple[int, int] | None] = [None] * len(entries)
     group_states: list[GroupState] = []
-    mode = build.switch()
+    heads, mode = Heads(entries), build.switch()
     pending = False
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
@@ -259,7 +260,7 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
         if key is not None and key not in cache.refused:
             found[key].append(i)
     for key, slots in found.items():
-        rules: list[Any] = [entries[i].rule for i in slots]
+        rules = heads.rules.at(slots)
         paths = [slots_of[i].path or "(the array)" for i in slots]
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
         small = group.device is None and int(group.sizes.sum()) < COMPILE_FROM
@@ -279,7 +280,7 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
             where[i] = len(group_states), member
         group_states.append(GroupState(group, columns, counters))
     lease = Lease.of(entries[i].lease for g in group_states for i in g.group.slots) if group_states else Lease()
-    return GroupedState(group_states, where, cache, lease, idle_slots(entries), slots_of, pending=pending)
+    return GroupedState(group_states, where, cache, lease, heads.idle, slots_of, pending=pending)
 
 
 def _key(entry: Entry, x: Any) -> Any:

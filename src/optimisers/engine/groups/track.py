@@ -50,7 +50,7 @@ class GroupTrack(Track):
         return f"s{i}" in self.program.targets
 
     def _begin(self) -> None:
-        self.rule = self.group.rules[int(self.members[0])]
+        self.rule = self.group.rules.of(int(self.members[0]))
         self.loops = self._made()
         self.passed = Counter()
         self._asked = 0
@@ -150,7 +150,7 @@ class GroupTrack(Track):
         size = np.uint64(dtype.itemsize)
         self.pointers[stack.members, targets[boundary.target]] = addresses_of([given]) + stack.offsets * size
         self._call(self._storing, stack.work, stack=number)
-        rule: Any = inner(group.rules[stack.members[0]], boundary.where)
+        rule: Any = inner(group.rules.of(stack.members[0]), boundary.where)
         more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
         with locating(group.paths[stack.members[0]] + more):
             found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
@@ -197,7 +197,7 @@ class GroupTrack(Track):
             if usual and all(np.isfinite(value).all() for value in values):
                 continue
             for k, member in enumerate(self.members):
-                own: Any = inner(self.group.rules[int(member)], boundary.where)
+                own: Any = inner(self.group.rules.of(int(member)), boundary.where)
                 fault = own.fault(tuple(float(value[k]) for value in values))
                 if fault is not None:
                     faults.append(f"{type(own).__name__} at {self.group.paths[int(member)]!r}: {fault}")
