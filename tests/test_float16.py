@@ -8,7 +8,10 @@ import optimisers as opt
 from optimisers.rules._states import state_leaves
 from table import ROWS
 
-SQUARES = ("Adam", "AdamW", "RAdam", "NAdam", "OAdam", "AMSGrad", "AdaBelief", "AdaGrad", "AdaDelta", "RMSProp", "Apollo")
+SQUARES = (
+    "Adam", "AdamW", "RAdam", "NAdam", "OAdam", "AMSGrad", "AdaBelief", "AdaGrad", "AdaDelta", "RMSProp", "Apollo", "Adafactor",
+    "AdamMini", "AdEMAMix", "Adopt", "Came", "Lamb", "LaProp", "Prodigy", "StableAdamW", "Yogi",
+)  # fmt: skip
 RULES = [pytest.param(rule, id=f"{row.name}-{i}") for row in ROWS if row.name in SQUARES for i, rule in enumerate(row.configs)]
 SCALES = 10.0 ** np.arange(-6, 3)
 

@@ -39,7 +39,7 @@ class Adopt(AbstractRule):
     real_only = True
 
     def init(self, x: Array) -> State:
-        return zeros_like(x), zeros_like(x), 0.0
+        return zeros_like(x), zeros_like(x, wide=True), 0.0
 
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         m, v, t = state

@@ -51,7 +51,8 @@ class Prodigy(MeasuredRule):
 
     def init(self, x: Array) -> State:
         shared = as_array(zero_norm(x) + self.d0), zero_norm(x), zero_norm(x)
-        return zeros_like(x), zeros_like(x), zeros_like(x), 1 * x, shared, self.beta
+        m, v, s = (zeros_like(x, wide=True) for _ in range(3))  # gradients times d, which float16 cannot hold at d0
+        return m, v, s, 1 * x, shared, self.beta
 
     def measure(self, state: State, x: Array, dx: Array) -> tuple[Array, ...]:
         _, _, s, x0, (d, r, t), powers = state
