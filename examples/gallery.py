@@ -13,7 +13,7 @@ import numpy as np
 
 import optimisers as opt
 from optimisers import rules, schedules
-from optimisers.rules._base import TransformingRule
+from optimisers.rules._base import walk
 
 try:
     import matplotlib as mpl
@@ -93,10 +93,15 @@ def with_rate(rule, eta):
 
 def path(rule, problem):
     """The points that a rule visits, None if it leaves the part of the plane that is shown."""
-    matrices = isinstance(rule, (TransformingRule, opt.OptimiserChain)) and "Orthogonalise" in repr(rule)
-    shape = (1, 2) if matrices or isinstance(rule, (opt.Muon, opt.Apollo)) else (2,)
-    x = problem.start.reshape(shape)
-    state = opt.setup(rule, x)
+    matrices = any(isinstance(inner, (opt.Muon, opt.Apollo)) for inner in walk(rule))
+    try:
+        shape = (1, 2) if matrices else (2,)
+        x = problem.start.reshape(shape)
+        state = opt.setup(rule, x)
+    except opt.errors.RuleError:  # it steps matrices only
+        shape = (1, 2)
+        x = problem.start.reshape(shape)
+        state = opt.setup(rule, x)
     points = [problem.start]
     left, right, low, high = problem.box
     for _ in range(STEPS):

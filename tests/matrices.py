@@ -5,6 +5,7 @@ import torch
 
 import optimisers as opt
 from golden_data import numpy_of
+from optimisers.rules._adjust import field_names
 
 
 def drawn(shape, kind, dtype, rng, order=None):
@@ -26,7 +27,7 @@ def trained(rule, model_of, kind, dtype, update, *, absent=("w0",), adjusted=("w
             grads |= dict.fromkeys(absent)
         if step == 2:
             state = opt.thaw(state)
-        if step == 3 and not isinstance(rule, (opt.Scheduled, opt.Orthogonalise)):
+        if step == 3 and "eta" in field_names(rule) and not isinstance(rule, opt.Scheduled):
             for where in adjusted:
                 state = opt.adjust(state, 0.05, where=where)
         state, model = update(state, model, grads)

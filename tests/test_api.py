@@ -289,8 +289,8 @@ def test_params_of_a_tree():
     model = {"head": Layer(shared, np.zeros(2)), "a.b": [shared.T], "n": 3}
     seen = {}
     opt.setup(lambda p: seen.setdefault(p.path, p) and opt.Adam(), model)
-    assert set(seen) == {"a\\.b.0", "head.bias"}
-    param = seen["a\\.b.0"]
+    assert set(seen) == {"a.b.0", "head.bias"}
+    param = seen["a.b.0"]
     assert param.keys == ("a.b", 0)
     assert param.tied_paths == ("head.weight",)
     assert param.module == model["a.b"]

@@ -196,7 +196,8 @@ def test_dtypes_are_kept(dtype):
     for grad in grads:
         state, x = opt.update(state, x, torch.from_numpy(grad).to(x.dtype))
     (m, v, _), _, _ = state[()].state
-    assert m.dtype == v.dtype == x.dtype == getattr(torch, dtype)
+    assert m.dtype == x.dtype == getattr(torch, dtype)
+    assert v.dtype == (torch.float32 if dtype == "float16" else x.dtype)  # it holds squares
     assert x.isfinite().all()
 
 

@@ -386,6 +386,25 @@ def test_dtype_shape_device_and_strides_are_kept(row, rule, lib):
                         assert step == 2 or not is_dense(x) or elements(strides(leaf), leaf) == elements(strides(x), x)
 
 
+def memory_of(x):
+    """An array of either library as NumPy sees its memory."""
+    return x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+@LIBRARIES
+@every()
+def test_a_new_parameter_shares_no_memory_with_the_state(row, rule, lib):
+    """What the caller writes to a parameter must not change what a rule remembers."""
+    draw = Draw(lib, "float32")
+    model = draw.model(row)
+    state = opt.setup(rule, model)
+    for _ in range(4):
+        state, model = opt.update(state, model, draw.like(model))
+        arrays = [leaf for leaf in optree.tree_leaves(state) if kind(leaf)]
+        for x in optree.tree_leaves(model):
+            assert not any(leaf is x or np.shares_memory(memory_of(leaf), memory_of(x)) for leaf in arrays)
+
+
 @LIBRARIES
 @every(every=False, like_x=True)
 def test_state_arrays_have_the_shape_of_the_array(row, rule, lib):

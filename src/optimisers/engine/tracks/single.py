@@ -113,7 +113,7 @@ def _outcome(job: Job, state: Any, dx: Any) -> Outcome:
     own = dtype_name(x)
     dx = as_array(dx)
     if isinstance(dx, Assign):
-        return Outcome(state, _laid_out(cast_to(dx.value, own), x))
+        return Outcome(_apart(state, new := _laid_out(cast_to(dx.value, own), x)), new)
     if not kind(dx) or tuple(dx.shape) != tuple(x.shape):
         got = f"an array of shape {tuple(dx.shape)}" if kind(dx) else described(dx)
         msg = (
@@ -140,6 +140,17 @@ def _kept(state: Any, job: Job) -> Any:
 
     def owned(leaf: Any) -> Any:
         return copied(leaf) if leaf is job.dx or leaf is job.x or memory_key(leaf) in taken else leaf
+
+    return map_state(owned, state)
+
+
+def _apart(state: Any, new: Any) -> Any:
+    """The state without memory of the new parameter, which the caller may write to."""
+    taken = memory_key(new)
+
+    def owned(leaf: Any) -> Any:
+        shared = leaf is new or (taken is not None and kind(leaf) and memory_key(leaf) == taken)
+        return copied(leaf) if shared else leaf
 
     return map_state(owned, state)
 
