@@ -55,15 +55,17 @@ def zero_norm(like: Array) -> Array:
 
 
 def sqrt(x: Array) -> Array:
-    """Square root. In a torch graph its derivative at 0 is taken as 0, so that a zero gradient does not make NaN."""
+    """Square root. Its derivative at 0, reverse or forward, is taken as 0, so that a zero gradient does not make NaN."""
     if isinstance(x, (np.ndarray, np.generic)):
         return np.sqrt(x)
     if isinstance(x, Traced):
         return unary("sqrt", x)
     if is_number(x):
         return math.sqrt(x)
+    from . import _torch
+
     torch = sys.modules["torch"]
-    if x.requires_grad:
+    if _torch.is_differentiated(x):
         zero = x == 0
         return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
     return torch.sqrt(x)

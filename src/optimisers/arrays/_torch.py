@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._C import _functorch  # the only way to tell a tensor inside a torch.func transform
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 
@@ -32,12 +33,26 @@ def without_autocast() -> AbstractContextManager[Any]:
 
 
 def is_eager() -> bool:
-    """Whether no torch.func transform and no trace is active."""
-    return not torch.compiler.is_compiling() and _functorch.maybe_current_level() is None
+    """Whether no torch.func transform, no trace and no level of forward-mode differentiation is active."""
+    return not (torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None or _is_forward())
+
+
+def _is_forward() -> bool:
+    return forward_ad._current_level >= 0  # what ``dual_level`` counts; torch has no function that tells it
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether x is a dual tensor of ``torch.autograd.forward_ad``."""
+    return _is_forward() and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether a derivative may be taken of what is computed from x: in a graph, a transform, forward mode, or a trace."""
+    return x.requires_grad or torch.compiler.is_compiling() or is_transformed(x) or has_tangent(x)
 
 
 def is_ordinary() -> bool:
-    """Whether tensors are what they seem here: no torch.func transform, no trace and no dispatch mode is active."""
+    """Whether tensors are what they seem here: eager, as `is_eager` says, and no dispatch mode is active."""
     return is_eager() and torch._C._len_torch_dispatch_stack() == 0
 
 

@@ -24,7 +24,7 @@ def is_ordinary() -> bool:
 
 
 def is_eager() -> bool:
-    """Whether tensors are computed at once: in no trace and no transform. Dispatch modes see what is done to all."""
+    """Whether tensors are computed at once: no trace, transform or forward mode. Dispatch modes see what is done to all."""
     if torch_if_loaded() is None:
         return False
     from ..arrays import _torch
@@ -36,13 +36,13 @@ def wants_graph(entries: Iterable[tuple[Entry, Any, Any]]) -> bool:
     """Whether new states or parameters depend on something that requires grad, other than the parameters themselves.
 
     A parameter alone does not count, so that a plain training loop never chains graphs. Inside a ``torch.func`` transform
-    everything counts: there nothing can be left behind.
+    everything counts: there nothing can be left behind. So does a tangent of forward mode, a parameter's as well.
 
     Args:
         entries: what the state keeps for an array, the parameter, and its gradient, or None for no step.
 
     """
-    from ..arrays._torch import is_transformed
+    from ..arrays._torch import has_tangent, is_transformed
 
     torch: Any = torch_if_loaded()
     enabled = torch.is_grad_enabled()
@@ -50,14 +50,14 @@ def wants_graph(entries: Iterable[tuple[Entry, Any, Any]]) -> bool:
     for entry, x, dx in entries:
         if dx is None or entry.rule is None or kind(x) != "torch":
             continue
-        if is_transformed(x) or is_transformed(dx):
+        if is_transformed(x) or is_transformed(dx) or has_tangent(x):
             return True
         values = [dx, *state_leaves(entry.state)]
         if id(entry.rule) not in rules:
             rules.add(id(entry.rule))
             values += _tensor_fields(entry.rule)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if any(is_transformed(t) or (enabled and t.requires_grad) for t in tensors):
+        if any(is_transformed(t) or (enabled and t.requires_grad) or has_tangent(t) for t in tensors):
             return True
     return False
 
