@@ -8,9 +8,6 @@ import optimisers as opt
 from optimisers.rules._base import walk
 from table import cases
 
-# torch scripts the decompositions of its own forward mode when they are first needed.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
 ROWS = [
     pytest.param(row, rule, id=name)
     for name, row, rule in cases()
