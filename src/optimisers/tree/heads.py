@@ -49,6 +49,7 @@ class Heads:
         self.given = tuple(entries)
         """The entries, but their rules may be out of date."""
         self._changed = False
+        self._shown: tuple[Entry, ...] | None = None
 
     @cached_property
     def rules(self) -> Rules:
@@ -67,15 +68,18 @@ class Heads:
         """The slots that take no step, whatever their gradients."""
         return [i for i, entry in enumerate(self.given) if entry.frozen or entry.rule is None]
 
-    @cached_property
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """The entries, for each slot one."""
+        # Not a cached_property, whose lock torch's compiler does not know.
         if not self._changed:
             return self.given
-        return tuple(
-            entry if entry.rule is rule else entry.replace(rule=rule)
-            for entry, rule in zip(self.given, self.rules.each(), strict=True)
-        )
+        if self._shown is None:
+            self._shown = tuple(
+                entry if entry.rule is rule else entry.replace(rule=rule)
+                for entry, rule in zip(self.given, self.rules.each(), strict=True)
+            )
+        return self._shown
 
     def split(self, labels: Sequence[Hashable]) -> Heads:
         """The same, with kinds of which all slots have one label."""
