@@ -41,7 +41,9 @@ def saved_optimizer(path):
 def test_the_example_learns_and_resumes(tmp_path, capsys):
     loss = lightning_module.main(["--steps", "40", "--out", str(tmp_path)])
     assert loss < 3.7  # from about log(256) = 5.5
-    assert re.search(r"in_proj_weight +192x64 .*blocks=3", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"in_proj_weight +(x\d+ +)?192x64 .*Muon", shown)
+    assert "blocks=3" in shown
     assert lightning_module.main(["--steps", "40", "--out", str(tmp_path), "--resume", f"{tmp_path}/step=20.ckpt"]) == loss
 
 
