@@ -174,6 +174,58 @@ def test_groups_may_be_set_as_a_whole():
     assert optimizer.param_groups[1] is body
 
 
+# --- betas that are changed between two steps, beside other changes -----------------------------------------------------
+
+BESIDE = {
+    "nothing": lambda _: None,
+    "state is read": lambda o: dict(o.state),
+    "state_dict": lambda o: o.state_dict(),
+    "a group removed": lambda o: o.param_groups.pop(0),
+    "a parameter removed": lambda o: o.param_groups[1]["params"].pop(0),
+    "parameters reordered": lambda o: o.param_groups[1]["params"].reverse(),
+    "groups reordered": lambda o: o.param_groups.reverse(),
+    "state deleted": lambda o: o.state.pop(o.param_groups[0]["params"][0]),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_powers_follow_betas_whatever_else_happens_between_two_steps(beside):
+    def run(make):
+        module = net()
+        optimizer = make([{"params": list(module[0].parameters())}, {"params": list(module[2].parameters())}])
+        train(module, optimizer, 3)
+        BESIDE[beside](optimizer)
+        for group in optimizer.param_groups:
+            group["betas"] = (0.5, 0.9)
+        train(module, optimizer, 3, start=3)
+        return module.parameters()
+
+    ours = run(lambda groups: Optimizer(opt.AdamW(0.1), groups))
+    theirs = run(lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("removed", [None, 0, 1])
+def test_a_group_may_be_removed_while_a_schedule_cycles_the_momentum(removed):
+    def run(make):
+        module = net()
+        optimizer = make([{"params": list(module[0].parameters())}, {"params": list(module[2].parameters())}])
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=12)
+        for i in range(8):
+            if i == 3 and removed is not None:
+                del optimizer.param_groups[removed]
+            train(module, optimizer, start=i)
+            dict(optimizer.state)  # reading changes nothing; torch has no state_dict once a group was removed
+            scheduler.step()
+        return module.parameters()
+
+    ours = run(lambda groups: Optimizer(opt.AdamW(0.1), groups))
+    theirs = run(lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 IDLE = {
     "amsgrad": (True, "the rule has no such option"),
     "momentum": (0.9, "the rule has no such option"),

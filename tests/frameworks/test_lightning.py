@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from comparing import assert_close, assert_same_bits, example, smooth, without_noise
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import optimisers as opt
@@ -116,6 +117,59 @@ def test_accumulating_by_rule_instead(tmp_path):
     whole = fit(tmp_path / "whole", steps=4, module=Constant)
     # To Lightning every half is a step.
     assert_close(fit(tmp_path / "halves", steps=8, module=ByRule, windows=Halves), whole)
+
+
+class Finetuned(L.LightningModule):
+    """A head that is trained from the start, and a backbone that BackboneFinetuning adds as a group, without names."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make = make
+        self.backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        self.head = torch.nn.Linear(8, 2)
+        self.double()
+
+    def training_step(self, batch):
+        return self.head(torch.tanh(self.backbone(batch))).square().mean()
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+
+FINETUNING = {
+    "torch": lambda module: torch.optim.AdamW(module.head.parameters(), lr=0.05, weight_decay=0.0),
+    "a module": lambda module: Optimizer(opt.AdamW(0.05), module),
+    "a list": lambda module: Optimizer(opt.AdamW(0.05), list(module.head.parameters())),
+}
+
+
+def finetune(out, make, resume=None):
+    """The parameters after four epochs of three batches, the backbone's from the second on."""
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda _: 1.5, backbone_initial_ratio_lr=0.1)
+    trainer = L.Trainer(
+        max_epochs=4, callbacks=[thaw, ModelCheckpoint(out, "{epoch}", save_top_k=-1)], accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Finetuned(make)
+    data = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
+    return [p.detach() for p in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning")
+def test_backbone_finetuning_is_that_of_torch_straight_and_resumed(tmp_path):
+    straight = {how: finetune(tmp_path / how, make) for how, make in FINETUNING.items()}
+    for how in ("a module", "a list"):
+        torch.testing.assert_close(straight[how], straight["torch"], rtol=1e-9, atol=1e-12)
+    # Before the backbone is thawed, and after; the latter is not the straight run with torch's own either.
+    for epoch in (0, 2):
+        resumed = {
+            how: finetune(tmp_path / f"{how} {epoch}", make, tmp_path / how / f"epoch={epoch}.ckpt")
+            for how, make in FINETUNING.items()
+        }
+        for how in ("a module", "a list"):
+            torch.testing.assert_close(resumed[how], resumed["torch"], rtol=1e-9, atol=1e-12)
 
 
 # What Lightning itself does not bring back.

@@ -75,6 +75,13 @@ class Held:
         for x in (x for known in self.groups for x in known.params):
             self.frozen.pop(x, None)
 
+    def outdate(self) -> None:
+        """Have the view filled anew when it is read next, since the state tree has moved on."""
+        if self.shown is not None:
+            self.shown = None
+            for x in list(self.parked):  # the view must not keep them alive
+                self.view.pop(x, None)
+
     def note_untrained(self) -> None:
         """Note the names of the structure that no array of the tree has."""
         tree: Any = self.tree

@@ -142,10 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         # A model may be moved after its optimizer was made: torch's own make their state later, ours has to follow.
         tree = beside(tree, tree._structure.flatten(params))
         self._held.tree, _ = update_(tree, params, grads)
-        if self._held.shown is not None:
-            self._held.shown = None
-            for x in list(self._held.parked):  # the view must not keep them alive
-                self._held.view.pop(x, None)
+        self._held.outdate()
         return loss
 
     def _with_gradients(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -220,9 +217,9 @@ class Optimizer(torch.optim.Optimizer):
             if len(group) != len(known.seen) + 3 + ("param_names" in group):
                 with naming_group(i):
                     refuse_idle_options(group, known.entries, known.rule)
-        self._take_entries()
-        if self._held.shown is not None:
+        if self._held.shown is not None:  # first, since powers that follow changed betas are no edit of the state
             take_state(self._held, moment_dtype(self._state_dtype))
+        self._take_entries()
 
     def _rearrange(self) -> None:
         """Make parameter lists that were changed by hand those of the state tree, whose moments follow the parameters."""
@@ -279,6 +276,8 @@ class Optimizer(torch.optim.Optimizer):
         changes = [g.entries.changes(group, g.seen) for g, group in zip(self._held.groups, self.param_groups, strict=True)]
         if any(changes):
             self._held.tree = with_entries(self._held.tree, self._held.groups, changes)
+            if any(key.endswith("betas") for changed in changes for key in changed):  # powers follow
+                self._held.outdate()
             for known, group, changed in zip(self._held.groups, self.param_groups, changes, strict=True):
                 settle(known, group, changed, self._held.tree)
 
