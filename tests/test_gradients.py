@@ -199,3 +199,174 @@ def test_metrics_are_told_as_well():
     state = opt.setup(opt.Descent(), model)
     with pytest.raises(opt.GradientError, match="gradient at 'n'"):
         opt.metrics(state, model, {"w": np.ones(2), "n": np.ones(2)})
+
+
+# --- arrays of other classes --------------------------------------------------------------------------------------------------
+
+
+class Named(np.ndarray):
+    """A class of a user's, whose products are no elementwise ones."""
+
+    def __mul__(self, other):
+        raise TypeError("not meant for this")
+
+    __rmul__ = __mul__
+
+
+class Labelled(torch.Tensor):
+    """A class of a user's without behaviour of its own."""
+
+
+RULES = [
+    opt.Descent(0.5),
+    opt.OptimiserChain(opt.ClipNorm(1.0), opt.WeightDecay(0.1), opt.AdamW(0.1)),
+    opt.Muon(),
+    opt.MixedPrecision(opt.Adam(0.1), "float64"),
+]
+
+
+def foreign_numpy(cls, x):
+    return np.ma.MaskedArray(x.copy()) if cls is np.ma.MaskedArray else x.copy().view(cls)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 4), (80, 80)])
+@pytest.mark.parametrize("cls", [np.matrix, np.ma.MaskedArray, np.recarray, Named])
+@pytest.mark.parametrize("of", ["gradient", "parameter", "both"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_classes_are_taken_as_plain_arrays(step, rule, of, cls, shape):
+    rng = np.random.default_rng(0)
+    x, grads = rng.normal(size=shape), [rng.normal(size=shape) for _ in range(3)]
+    plain, foreign = {"w": x.copy()}, {"w": foreign_numpy(cls, x) if of != "gradient" else x.copy()}
+    state, other = opt.setup(rule, plain), opt.setup(rule, foreign)
+    for g in grads:
+        state, plain = step(state, plain, {"w": g})
+        other, foreign = step(other, foreign, {"w": foreign_numpy(cls, g) if of != "parameter" else g})
+        assert type(foreign["w"]) is (np.ndarray if of == "gradient" else cls)
+        assert np.asarray(foreign["w"]).tobytes() == plain["w"].tobytes()
+    assert other == state
+
+
+@pytest.mark.parametrize("size", [3, 6000])
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+@pytest.mark.parametrize("wrap", [lambda x: x, torch.nn.Parameter], ids=["tensor", "Parameter"])
+def test_the_class_of_a_gradient_does_not_become_the_parameters(wrap, step, size):
+    x, g = torch.ones(size), torch.full((size,), 0.25)
+    plain, foreign = {"w": wrap(x.clone())}, {"w": wrap(x.clone())}
+    state, other = opt.setup(opt.Momentum(0.5), plain), opt.setup(opt.Momentum(0.5), foreign)
+    for gradient in (g.as_subclass(Labelled), torch.nn.Parameter(g)):
+        state, plain = step(state, plain, {"w": g})
+        other, foreign = step(other, foreign, {"w": gradient.detach()})
+        assert type(foreign["w"]) is type(plain["w"])
+        assert type(other["w"].state) is torch.Tensor
+        assert torch.equal(foreign["w"], plain["w"])
+
+
+@pytest.mark.parametrize("size", [3, 6000])
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+def test_masked_elements_are_refused_by_path(step, size):
+    masked = np.ma.MaskedArray(np.ones(size), mask=np.arange(size) == 1)
+    with pytest.raises(opt.ModelError, match="the array at 'w' is a MaskedArray with masked elements"):
+        opt.setup(opt.Descent(), {"w": masked})
+    model = {"a": np.ones(size), "w": np.ma.MaskedArray(np.ones(size))}
+    state = opt.setup(opt.Descent(), model)
+    with pytest.raises(opt.GradientError, match=r"gradient at 'w': .* got one with masked elements"):
+        step(state, model, {"a": np.ones(size), "w": masked})
+    model["w"][1] = np.ma.masked
+    with pytest.raises(opt.ModelError, match="the array at 'w' is a MaskedArray with masked elements"):
+        step(state, model, {"a": np.ones(size), "w": np.ones(size)})
+    assert (model["a"] == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize("size", [3, 6000])
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+def test_gradients_that_only_wrap_tensors_are_refused_by_path(step, size):
+    masked = torch.masked.masked_tensor(torch.ones(size), torch.arange(size) > 1)
+    model = {"a": torch.ones(size), "w": torch.ones(size)}
+    state = opt.setup(opt.Descent(), model)
+    with pytest.raises(opt.GradientError, match=r"gradient at 'w': .* got a MaskedTensor, which only wraps tensors"):
+        step(state, model, {"a": torch.ones(size), "w": masked})
+    assert (model["a"] == 1).all()
+
+
+def test_memory_mapped_parameters_are_stepped_in_their_file(tmp_path):
+    mapped = np.memmap(tmp_path / "w", np.float64, "w+", shape=(6000,))
+    mapped[:] = 1
+    model = {"w": mapped}
+    state, model = opt.update_(opt.setup(opt.Descent(0.5), model), model, {"w": np.ones(6000)})
+    assert model["w"] is mapped
+    mapped.flush()
+    assert (np.fromfile(tmp_path / "w") == 0.5).all()
+    read_only = np.memmap(tmp_path / "w", np.float64, "r", shape=(6000,))
+    state, model = opt.update_(state, {"w": read_only}, {"w": np.ones(6000)})
+    assert (model["w"] == 0).all()
+    assert (read_only == 0.5).all()
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_one_flat_vector_of_matrices():
+    model = {"w": np.matrix([[1.0, 2.0], [3.0, 4.0]]), "b": np.ones(3)}
+    flat, rebuild = opt.destructure(model)
+    assert flat.tolist() == [1, 1, 1, 1, 2, 3, 4]
+    assert (rebuild(2 * flat)["w"] == 2 * model["w"]).all()
+
+
+# --- tensors that cannot be written -------------------------------------------------------------------------------------------
+
+
+def inference(size):
+    with torch.inference_mode():
+        return torch.ones(size)
+
+
+@pytest.mark.parametrize("size", [3, 6000])
+def test_inference_tensors_are_refused_before_anything_is_written(size):
+    ones = {name: torch.ones(size) for name in "abc"}
+    with pytest.raises(opt.ModelError, match=r"the array at 'b' is an inference tensor.*clone\(\)"):
+        opt.setup(opt.Momentum(), {**ones, "b": inference(size)})
+    model = {name: x.clone() for name, x in ones.items()}
+    state = opt.setup(opt.Momentum(1.0), model)
+    for _ in range(2):
+        with pytest.raises(opt.ModelError, match=r"the array at 'b' is an inference tensor"):
+            opt.update_(state, {**model, "b": inference(size)}, ones)
+        assert all((x == ones[name]).all() for name, x in model.items())
+        state, model = opt.update_(state, model, {name: 0 * g for name, g in ones.items()})  # nothing was consumed
+    _, new = opt.update(state, {**model, "b": inference(size)}, ones)  # which writes to nothing
+    assert not new["b"].is_inference()
+    frozen = opt.freeze(state, where="b")
+    _, stepped = opt.update_(frozen, {**model, "b": inference(size)}, ones)
+    assert (stepped["a"] == 0).all()
+
+
+@pytest.mark.parametrize("size", [3, 6000])
+def test_in_inference_mode_inference_tensors_are_trained(size):
+    with torch.inference_mode():
+        model = {name: torch.ones(size) for name in "ab"}
+        state = opt.setup(opt.Momentum(0.25), model)
+        for _ in range(2):
+            state, model = opt.update_(state, model, {name: torch.ones(size) for name in model})
+        assert all(x.is_inference() for x in model.values())
+        np.testing.assert_allclose(model["a"].numpy(), 1 - 0.25 - 0.475)
+    for _ in range(2):
+        with pytest.raises(opt.ModelError, match="the array at 'a' is an inference tensor"):
+            opt.update_(state, model, {name: torch.ones(size) for name in model})
+
+
+@pytest.mark.parametrize("size", [3, 80])
+def test_the_adapter_refuses_inference_tensors(size):
+    from optimisers.torch import Optimizer
+
+    net = torch.nn.Linear(size, size)
+    optimizer = Optimizer(opt.Momentum(0.5), net)
+    net(torch.ones(1, size)).sum().backward()
+    good, before = net.bias, net.weight.detach().clone()
+    with torch.inference_mode():
+        bad = torch.nn.Parameter(torch.ones(size))
+    with pytest.raises(opt.ModelError, match="inference tensor"):
+        Optimizer(opt.Momentum(0.5), [bad])
+    assert torch.equal(net.weight, before)
+    assert net.bias is good
+    optimizer.step()
+    assert not torch.equal(net.weight, before)

@@ -48,6 +48,7 @@ from ._kinds import is_inexact as is_inexact
 from ._kinds import is_number as is_number
 from ._kinds import kind as kind
 from ._kinds import namespace as namespace
+from ._kinds import plain as plain
 from ._kinds import real_dtype as real_dtype
 from ._kinds import torch_if_loaded as torch_if_loaded
 from ._kinds import working_dtype as working_dtype

@@ -40,6 +40,25 @@ def kind(x: object) -> str | None:
     return "traced" if isinstance(x, Traced) and x.dtype not in _HOST_DTYPES else None
 
 
+def plain(x: Array) -> Any:
+    """An array as one of its library's own class, in the same memory; None for masked elements, which are no numbers.
+
+    Other classes give arithmetic a meaning of their own, as ``numpy.matrix`` does to a product, or results their class.
+    Tensors that only wrap others stay what they are.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        return None if np.ma.is_masked(x) else np.asarray(x)
+    if isinstance(x, np.ndarray):
+        return x.view(np.ndarray)
+    if kind(x) != "torch":
+        return x
+    from . import _torch
+
+    return _torch.plain(x)
+
+
 def is_number(x: object) -> bool:
     """Whether x is a Python or NumPy scalar (not a 0-d array)."""
     if isinstance(x, Traced):

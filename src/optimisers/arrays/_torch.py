@@ -32,6 +32,18 @@ def without_autocast() -> AbstractContextManager[Any]:
     return stack
 
 
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """x without a class of its own, if it has memory of its own."""
+    if type(x) in {torch.Tensor, torch.nn.Parameter} or is_wrapper(x):
+        return x
+    return x.as_subclass(torch.Tensor)
+
+
+def is_wrapper(x: torch.Tensor) -> bool:
+    """Whether x is of a class that says itself what operations do to it, such as one that wraps other tensors."""
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def is_eager() -> bool:
     """Whether no torch.func transform, no trace and no level of forward-mode differentiation is active."""
     return not (torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None or _is_forward())

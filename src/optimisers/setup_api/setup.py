@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import as_array, as_dtype_name, copied, detached, kind, share_memory
+from ..arrays import as_array, as_dtype_name, copied, detached, kind, plain, share_memory
 from ..engine.tracks.single import check_state
 from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
 from ..rules import ClipGlobalNorm
@@ -13,7 +13,7 @@ from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
 from ..rules._states import map_state
 from ..tree.entry import Entry, Lease, numbers_in
-from ..tree.leaves import Slot, find, refuse_unsteppable
+from ..tree.leaves import Slot, find, refuse_inference, refuse_unsteppable
 from ..tree.param import Param
 from ..tree.paths import shown
 from ..tree.sealed import Plan
@@ -132,7 +132,8 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
 def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     """The state of a rule for an array."""
     refuse_unsteppable(x, slot.path)
-    start = detached(x)  # moments start outside any graph; a learned field enters it when applied
+    refuse_inference(x, slot.path)
+    start = detached(plain(x))  # moments start outside any graph; a learned field enters it when applied
     with locating(slot.path):
         state = rule.init(start) if dtype is None else rule.init_as(start, dtype)
     state = map_state(as_array, state)

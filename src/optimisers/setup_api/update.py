@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import dtype_name, is_compiling, kind, share_memory, torch_if_loaded, without_autocast
+from ..arrays import dtype_name, is_compiling, kind, plain, share_memory, torch_if_loaded, without_autocast
 from ..engine.groups.states import GroupedState
 from ..engine.tree_step import Given, step_tree
 from ..errors import ArgumentError, StructureError, described
 from ..tree.destructure import permuted
 from ..tree.entry import device_of
 from ..tree.gradients import given_gradients, gradient_of, refuse_untrained
-from ..tree.leaves import Slot
+from ..tree.leaves import Slot, refuse_inference, refuse_unsteppable
 from ..tree.paths import shown
 from ..tree.state import StateTree, check_alive
 from ..tree.structure import is_module
@@ -62,7 +62,12 @@ def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -
         stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
     leaves = list(work.leaves)
     grouped, slots = stepped.state._grouped, state._slots
-    if isinstance(grouped, GroupedState) and grouped.single and not stepped.graph and _are_plain(work.xs):
+    if (
+        isinstance(grouped, GroupedState)
+        and grouped.single
+        and not stepped.graph
+        and _are_plain([leaves[i] for i in grouped.first])
+    ):
         for i, value in stepped.values.items():
             leaves[grouped.first[i]] = value
         return stepped.state, state._structure.unflatten(model, leaves)
@@ -89,7 +94,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         reason = "update_ writes to memory that torch.compile manages itself; inside torch.compile use update"
         return update_untraced(update_, reason, state, model, grads)
     module = is_module(model)
-    work = prepare(state, model, grads, from_module=grads is None and module)
+    work = prepare(state, model, grads, from_module=grads is None and module, in_place=True)
     with no_grad(), without_autocast():
         stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
         leaves = list(work.leaves)
@@ -120,8 +125,8 @@ class Work(NamedTuple):
     """For each group that the state holds whether its arrays are as they were when it was made."""
 
 
-def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False) -> Work:
-    """The parameters and gradients of all slots, checked."""
+def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False, in_place: bool = False) -> Work:
+    """The parameters and gradients of all slots, checked; with ``in_place`` also whether parameters can be written."""
     if not isinstance(state, StateTree):
         hint = "; the order is update(state, model, grads)" if isinstance(model, StateTree) else ""
         msg = f"update: expected the state that setup returned, got {described(state)}{hint}"
@@ -141,18 +146,18 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     xs = [leaves[leaf] for leaf in first]
     dxs = [given[leaf] for leaf in first]
     if not isinstance(grouped, GroupedState):
-        _check(state, range(len(slots)), xs, dxs, given)
+        _check(state, range(len(slots)), xs, dxs, given, in_place=in_place)
         return Work(leaves, xs, dxs, [])
     for i in grouped.idle:
         dxs[i] = None
-    _check(state, grouped.checked_singly, xs, dxs, given)
+    _check(state, grouped.checked_singly, xs, dxs, given, in_place=in_place)
     admitted = []
     for group_state in grouped.group_states:
         group = group_state.group
         alike = group.admits([xs[i] for i in group.slots], [dxs[i] for i in group.slots])
         admitted.append(alike)
         if not alike:
-            _check(state, group.slots, xs, dxs, given)
+            _check(state, group.slots, xs, dxs, given, in_place=in_place)
     return Work(leaves, xs, dxs, admitted)
 
 
@@ -164,8 +169,8 @@ def _check_tie(slot: Slot, leaves: list[Any], paths: Sequence[str]) -> None:
             refuse_cut(paths[first.leaf], paths[place.leaf])
 
 
-def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any]) -> None:
-    """Check parameters and gradients of some slots one by one, and add the gradients of tied places."""
+def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any], *, in_place: bool) -> None:
+    """Check parameters and gradients of some slots one by one, add the gradients of tied places, take arrays as plain ones."""
     for i in chosen:
         slot, head = state._slots[i], state._heads[i]
         _check_parameter(slot, xs[i])
@@ -173,8 +178,14 @@ def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any
             dxs[i] = None
             continue
         dxs[i] = gradient_of(slot, xs[i], given, state._structure.paths)
-        if dxs[i] is not None:
-            _check_device(slot, state, i, xs[i])
+        if dxs[i] is None:
+            continue
+        _check_device(slot, state, i, xs[i])
+        refuse_unsteppable(xs[i], slot.path)
+        if in_place:
+            refuse_inference(xs[i], slot.path)
+        if slot.kind == "numpy":
+            xs[i] = plain(xs[i])
 
 
 def _check_device(slot: Slot, state: StateTree, i: int, x: Any) -> None:
@@ -224,10 +235,15 @@ def _are_plain(xs: list[Any]) -> bool:
 def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
     """What makes of (new value, old value) the new one as the model is to hold it: without a graph, a leaf of the old class."""
     if graph or torch_if_loaded() is None:
-        return lambda new, _: new
+        return _as_array
     from ..engine.autograd import as_parameter
 
-    return as_parameter
+    return lambda new, old: as_parameter(_as_array(new, old), old)
+
+
+def _as_array(new: Any, old: Any) -> Any:
+    """A new value in the old one's class, if that is one of NumPy's."""
+    return new if type(old) is np.ndarray or kind(old) != "numpy" else old.__array_wrap__(new)
 
 
 def retie(slot: Slot, leaves: list[Any]) -> None:

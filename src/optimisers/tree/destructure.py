@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import kind, torch_if_loaded
+from ..arrays import kind, plain, torch_if_loaded
 from ..errors import ArgumentError, ModelError, described
 from .leaves import Found, Slot, find, refuse_unsteppable
 
@@ -25,7 +25,7 @@ def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     for a vector of the wrong kind, shape or size.
     """
     found = _found(model)
-    arrays = [found.leaves[slot.places[0].leaf] for slot in found.slots]
+    arrays = [plain(found.leaves[slot.places[0].leaf]) for slot in found.slots]
     kinds = {slot.kind for slot in found.slots}
     if len(kinds) > 1:
         msg = "destructure needs all arrays of one kind; this model has NumPy arrays and torch tensors: take them one by one"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import cast_to, dtype_name, is_complex, is_inexact, is_number, kind, torch_if_loaded, working_dtype
+from ..arrays import cast_to, dtype_name, is_complex, is_inexact, is_number, kind, plain, torch_if_loaded, working_dtype
 from ..errors import GradientError, StructureError, described
 from .destructure import permuted, unpermuted
 from .leaves import Slot, is_trainable
@@ -51,7 +51,7 @@ def gradient_of(slot: Slot, x: Any, grads: Sequence[Any], paths: Sequence[str]) 
         scalar = isinstance(given, np.generic) and isinstance(x, np.ndarray) and x.ndim == 0
         dx = np.asarray(given) if scalar else given  # a 0-d gradient, as NumPy's own arithmetic makes it
         check_gradient(dx, permuted(x, permutation), path)
-        dx = unpermuted(dx, permutation)
+        dx = unpermuted(plain(dx), permutation)
         if total is None:
             total = dx
         else:
@@ -118,12 +118,24 @@ def check_gradient(dx: Any, x: Any, path: str) -> None:
         raise GradientError(f"{at}: {expected}, got dtype {dtype_name(dx)}; cast it to {dtype} if it is meant")
     if is_complex(dx) and not is_complex(x):
         raise GradientError(f"{at}: {expected}, got complex dtype {dtype_name(dx)} for a {dtype} parameter; take its real part")
+    if plain(dx) is None:
+        raise GradientError(
+            f"{at}: {expected}, got one with masked elements, which are no numbers; fill them, for example with 0"
+        )
+    if found == "torch" and _wraps(dx) and not _wraps(x):
+        raise GradientError(f"{at}: {expected}, got a {type(dx).__name__}, which only wraps tensors; take the tensor out of it")
     got = tuple(dx.shape)
     if got != shape:
         hint = "; it looks transposed" if len(got) > 1 and got == shape[::-1] else ""
         raise GradientError(f"{at}: expected shape {shape}, got {got}{hint}. Gradients are never broadcast")
     if found == "torch" and dx.device != x.device:
         raise GradientError(f"{at}: expected a tensor on {x.device}, as the parameter is, got one on {dx.device}")
+
+
+def _wraps(x: Any) -> bool:
+    from ..arrays import _torch
+
+    return _torch.is_wrapper(x) and _torch.is_ordinary()
 
 
 def _library(x: Any) -> str:

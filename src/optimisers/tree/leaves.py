@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import dtype_name, is_inexact, is_number, kind, torch_if_loaded
+from ..arrays import dtype_name, is_inexact, is_number, kind, plain, torch_if_loaded
 from ..errors import ModelError
 from .param import Param
 from .paths import shown
@@ -175,12 +175,26 @@ def refuse_hidden_arrays(leaf: Any, path: str) -> None:
 def refuse_unsteppable(x: Any, path: str) -> None:
     """Raise ModelError for an array that no rule can step. A model may hold it as long as it is not to be trained."""
     what = _unsteppable(x) if kind(x) == "torch" else None
+    if plain(x) is None:
+        what = "a MaskedArray with masked elements, which are no numbers; fill them"
     if what is not None:
         msg = (
             f"the array at {shown(path)} is {what}. If it is not to be trained, say so: requires_grad_(False), trainable=, or "
             "a rule of None"
         )
         raise ModelError(msg)
+
+
+def refuse_inference(x: Any, path: str) -> None:
+    """Raise ModelError for a tensor made under ``torch.inference_mode``, to which torch lets nobody write outside of it."""
+    torch = torch_if_loaded()
+    if torch is None or kind(x) != "torch" or not x.is_inference() or torch.is_inference_mode_enabled():
+        return
+    msg = (
+        f"the array at {shown(path)} is an inference tensor, which cannot be written to outside of torch.inference_mode; put a "
+        "clone() in its place"
+    )
+    raise ModelError(msg)
 
 
 def _unsteppable(x: Any) -> str | None:

@@ -57,6 +57,7 @@ class Guard:
                 and {self._dtype} == set(map(_DTYPE, xs))
                 and self._are_alike(present, described)
                 and (not present or _is_compiled(set(map(_DTYPE, present))))
+                and (self._numpy or not any(x.is_inference() for x in xs))  # whether they may be written depends on the mode
             )
         except (AttributeError, RuntimeError, TypeError):  # something else than a dense array
             return False
