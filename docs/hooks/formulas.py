@@ -11,6 +11,9 @@ from latex2mathml.converter import convert
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$(?P<apart>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$])?)\$(?![\w$])", re.DOTALL)
 
+# Names of functions: as operators they would be set apart from their brackets.
+_FUNCTION = re.compile(r"<mo>([a-z]{2,})</mo>")
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
@@ -21,8 +24,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     apart = match["apart"]
     text = (apart or match["inline"]).strip().replace(r"\|", "|")  # as a bar is written in a table
-    made = convert(text, display="block" if apart else "inline")
+    made = _FUNCTION.sub(r"<mi>\1</mi>", convert(text, display="block" if apart else "inline"))
     # Markdown must neither see a pair of its own signs nor end a table's cell.
     for sign, entity in (("|", "&#x7C;"), ("*", "&#x2A;"), ("_", "&#x5F;"), ("\\", "&#x5C;")):
         made = made.replace(sign, entity)
-    return f"\n\n{made}\n\n" if apart else made
+    # Markdown takes a line that begins with <math> for a block of its own.
+    return f"\n\n{made}\n\n" if apart else f"<span>{made}</span>"
