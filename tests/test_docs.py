@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import optimisers as opt
-from optimisers import errors
+from optimisers import errors, rules
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -100,3 +101,21 @@ def test_public_name_is_documented(name):
     rules = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     documented = name in targets or getattr(value, "__module__", "").removeprefix("optimisers.") in targets
     assert documented or re.search(rf"`{name}\b", rules), f"{name} stands neither in docs/api.md nor in docs/rules.md"
+
+
+def advice():
+    return tomllib.loads((ROOT / "docs" / "hooks" / "advice.toml").read_text(encoding="utf-8"))
+
+
+def test_every_rule_has_advice():
+    concrete = {name for name in rules.__all__ if isinstance(getattr(rules, name), type)} - {"AbstractRule", "MeasuredRule"}
+    expected = {name for name in concrete if issubclass(getattr(rules, name), opt.AbstractRule)}
+    assert {name: sorted(said) for name, said in advice().items()} == {name: ["avoid", "use"] for name in sorted(expected)}
+
+
+def test_expressions_in_advice_can_be_built():
+    text = "\n".join(line for said in advice().values() for line in said.values())
+    expressions = re.findall(r"`([A-Z]\w*(?:\.\w+)?\(.+?\))`", text)
+    assert expressions
+    for expression in expressions:
+        assert isinstance(eval(expression, dict(vars(opt))), opt.AbstractRule), expression
