@@ -20,6 +20,7 @@ from optimisers import rules
 from optimisers.rules._fields import field_range
 
 DOCS = Path(__file__).resolve().parent.parent
+CHAINED = {"Gradients", "Limits", "Decay"}  # rooms whose rules leave the stepping to others
 LAWS = {
     "elementwise": "Elementwise: one pass over memory for all parameters at once, with the elementwise rest of its chain.",
     "measured": "Measured: one pass to measure, then elementwise like the rest of its chain.",
@@ -29,10 +30,13 @@ LAWS = {
 
 
 def on_config(config: Any) -> None:
-    """Put the pages into the navigation: the overview, then a group for each room."""
+    """Put the pages into the navigation: the overview, then a group for each room, those for chains together."""
+    groups = {room: {room: [page(rule) for rule in found]} for room, found in by_room().items()}
+    chained = [group for room, group in groups.items() if room in CHAINED]
+    stepping = [group for room, group in groups.items() if room not in CHAINED]
     for part in config["nav"]:
         if "Methods" in part:
-            part["Methods"] += [{room: [page(rule) for rule in found]} for room, found in by_room().items()]
+            part["Methods"] += [*stepping, {"Members of chains": chained}]
 
 
 def on_files(files: Files, *, config: Any) -> None:
