@@ -119,3 +119,10 @@ def test_expressions_in_advice_can_be_built():
     assert expressions
     for expression in expressions:
         assert isinstance(eval(expression, dict(vars(opt))), opt.AbstractRule), expression
+
+
+def test_times_on_the_home_page_were_measured():
+    measured = (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8")
+    said = re.findall(r"\b\d+(?:\.\d+)? (?:ms|µs|MB)\b", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert said
+    assert [figure for figure in said if f" {figure.replace('µ', 'u')} " not in measured] == []
