@@ -11,7 +11,8 @@ import torch
 import optimisers as opt
 from optimisers.errors import ArgumentError, ModelError, RoutingWarning, RuleError
 from optimisers.tree.fold import fold
-from optimisers.tree.show import bytes_text
+from optimisers.tree.show import bytes_text, state_bytes
+from table import cases
 
 
 def transformer(layers=12, width=8, *, device="meta"):
@@ -243,7 +244,8 @@ def test_an_output_layer_and_half_precision_are_said():
     net = net.to(torch.bfloat16)
     assert oddities(opt.Muon(), net) == [
         (
-            "small steps of bfloat16 parameters are rounded away; wrap the rule in MixedPrecision or StochasticRounding: "
+            "small steps of bfloat16 parameters are rounded away; wrap the rule in "
+            "MixedPrecision, StochasticRounding or Compensated: "
             "body.weight, lm_head.weight"
         ),
         "Muon orthogonalises an output layer; AdamW is usual: lm_head.weight",
@@ -262,6 +264,8 @@ def test_a_route_that_suits_is_not_warned_of():
     )
     assert oddities(route, transformer()) == []
     assert oddities(opt.AdamW(lambda_=0.1), {"w": np.ones((2, 2))}) == []
+    assert oddities(opt.OptimiserChain(opt.GrokFast(), opt.Adam()), {"b": np.ones(2)}) == []  # its lambda_ is no decay
+    assert oddities(opt.Compensated(opt.Momentum()), torch.ones(2, dtype=torch.bfloat16)) == []
 
 
 def test_oddities_can_be_errors():
@@ -297,6 +301,13 @@ def test_an_estimate_is_what_setup_takes(rule, dtype):
     assert sum(used for _, used in found.rules.values()) == found.state
     assert sum(count for count, _ in found.rules.values()) == found.parameters
     assert opt.estimate(rule, transformer(2).to(dtype)) == found  # on meta
+
+
+@pytest.mark.parametrize("rule", [pytest.param(rule, id=name) for name, _, rule in cases()])
+def test_an_estimate_of_every_rule_is_what_setup_takes(rule):
+    net = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 8, bias=False), "b": torch.nn.Linear(8, 4, bias=False)})
+    state = opt.setup(rule, net)
+    assert opt.estimate(rule, net).state == sum(state_bytes(entry.state) for entry in state._entries)
 
 
 def test_an_estimate_of_numpy_and_of_a_state_dtype():

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arrays import on_meta
 from ..errors import RoutingWarning
-from ..rules import Apollo, MixedPrecision, Muon, StochasticRounding
+from ..rules import Compensated, GrokFast, MixedPrecision, Muon, StochasticRounding
 from ..rules._base import AbstractRule, TransformingRule, children
 from ..tree.entry import Entry
 from ..tree.fold import fold
@@ -57,12 +57,14 @@ def _oddities(slot: Slot, entry: Entry) -> Iterator[str]:
             yield from _of_matrices(inner, param, names)
     if param.ndim <= 1:
         for inner in acting:
-            if getattr(inner, "lambda_", 0) > 0 and not isinstance(inner, (Muon, Apollo)):
+            # GrokFast's lambda_ is no decay, and Muon's is that of matrices.
+            if getattr(inner, "lambda_", 0) > 0 and not isinstance(inner, (Muon, GrokFast)):
                 name = type(inner).__name__
                 yield f"{name} decays vectors, which mostly are biases and norms; route them to a rule without decay"
     half = slot.dtype in {"float16", "bfloat16"}
-    if half and not any(isinstance(inner, (MixedPrecision, StochasticRounding)) for inner in acting):
-        yield f"small steps of {slot.dtype} parameters are rounded away; wrap the rule in MixedPrecision or StochasticRounding"
+    if half and not any(isinstance(inner, (Compensated, MixedPrecision, StochasticRounding)) for inner in acting):
+        remedy = "wrap the rule in MixedPrecision, StochasticRounding or Compensated"
+        yield f"small steps of {slot.dtype} parameters are rounded away; {remedy}"
 
 
 def _of_matrices(rule: TransformingRule, param: Param, names: list[str]) -> Iterator[str]:

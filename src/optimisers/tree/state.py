@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
 import numpy as np
@@ -13,10 +11,10 @@ import optree
 from ..arrays import torch_if_loaded
 from ..errors import ConsumedStateError, EntryError, ImmutableError
 from ..rules._base import AbstractRule
-from ..rules._fields import is_tensor
 from ..rules._states import map_state
 from .entry import Entry, Leaf, Lease, host_state, same_state, shown_state
 from .heads import Heads
+from .holes import Hole, Placed, map_holes, map_tensors
 from .leaves import Place, Slot
 from .sealed import Plan
 from .sealed import register as register_sealed
@@ -267,20 +265,6 @@ def reruled(state: StateTree, heads: Iterable[Entry] | Heads) -> StateTree:
 # --- pytree ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Hole:
-    """Stands in an auxiliary value where a pytree leaf was taken out."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Holds what a pytree map put in the place of an array where it would not be seen as a leaf: vmap puts None there."""
-
-    value: Any
-
-
 class _Static:
     """What a state tree is without its arrays: compared when two of them are mapped over together."""
 
@@ -305,10 +289,10 @@ def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
     rules: dict[int, AbstractRule | None] = {}
 
     def take(name: str) -> Any:
-        def inner(leaf: Any) -> _Hole:
-            leaves.append(leaf.value if isinstance(leaf, _Placed) else leaf)
+        def inner(leaf: Any) -> Hole:
+            leaves.append(leaf.value if isinstance(leaf, Placed) else leaf)
             names.append(name)
-            return _Hole(len(leaves) - 1)
+            return Hole(len(leaves) - 1)
 
         return inner
 
@@ -316,7 +300,7 @@ def flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
     for slot, entry in zip(state._slots, state._entries, strict=True):
         for rule in (entry.rule, entry.base):
             if id(rule) not in rules:
-                rules[id(rule)] = None if rule is None else _map_tensors(rule, take(f"{slot.path}:rule"))
+                rules[id(rule)] = None if rule is None else map_tensors(rule, take(f"{slot.path}:rule"))
         visible = shown_state(entry, slot.kind)
         hollow = map_state(take(f"{slot.path}:state"), visible)
         entries.append(entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=hollow))
@@ -331,49 +315,17 @@ def unflatten(static: _Static, leaves: Iterable[Any]) -> StateTree:
 
     def fill(hole: Any) -> Any:
         value = values[hole.index]
-        return _Placed(value) if value is None or isinstance(value, (tuple, list, dict)) else value
+        return Placed(value) if value is None or isinstance(value, (tuple, list, dict)) else value
 
     entries = []
     for entry in static.entries:
         for rule in (entry.rule, entry.base):
             if id(rule) not in rules:
-                rules[id(rule)] = None if rule is None else _map_holes(rule, fill)
+                rules[id(rule)] = None if rule is None else map_holes(rule, fill)
         state = map_state(fill, entry.state)
         new = entry.replace(rule=rules[id(entry.rule)], base=rules[id(entry.base)], state=state, lease=lease)
         entries.append(new.replace(state=host_state(new)))
     return StateTree(static.plan.structure, static.plan.slots, entries, plan=static.plan)
-
-
-def _map_tensors(rule: AbstractRule, f: Any) -> AbstractRule:
-    return _map_fields(rule, lambda value: f(value) if is_tensor(value) or isinstance(value, _Placed) else value)
-
-
-def _map_holes(rule: AbstractRule, f: Any) -> AbstractRule:
-    def filled(value: Any) -> Any:
-        if not isinstance(value, _Hole):
-            return value
-        value = f(value)
-        return value if is_tensor(value) or isinstance(value, _Placed) else _Placed(value)
-
-    return _map_fields(rule, filled)
-
-
-def _map_fields(rule: AbstractRule, f: Any) -> AbstractRule:
-    """The rule with f at every value and tuple item of its fields; unchecked, since leaves may be anything for a while."""
-    new = rule
-    for name, value in vars(rule).items():
-        if isinstance(value, AbstractRule):
-            mapped: Any = _map_fields(value, f)
-        elif type(value) is tuple:
-            items = [_map_fields(item, f) if isinstance(item, AbstractRule) else f(item) for item in value]
-            mapped = value if all(a is b for a, b in zip(items, value, strict=True)) else tuple(items)
-        else:
-            mapped = f(value)
-        if mapped is not value:
-            if new is rule:
-                new = copy.copy(rule)
-            object.__setattr__(new, name, mapped)
-    return new
 
 
 def _optree_flatten(state: StateTree) -> tuple[list[Any], _Static, list[str]]:
