@@ -1,11 +1,13 @@
-"""The table of docs/choosing.md, which is measured here, so that it cannot go stale."""
+"""The tables of docs/choosing.md and docs/memory.md, which are measured here, so that they cannot go stale."""
 
 import dataclasses
 import inspect
 from pathlib import Path
 
 import numpy as np
+import optree
 import pytest
+import torch
 
 import optimisers as opt
 from optimisers import rules
@@ -33,3 +35,66 @@ def line(name, rule):
 @pytest.mark.parametrize(("name", "rule"), list(stepping()), ids=lambda value: value if isinstance(value, str) else "")
 def test_the_page_says_what_a_rule_costs(name, rule):
     assert line(name, rule) in PAGE.read_text(encoding="utf-8"), f"docs/choosing.md lacks {line(name, rule)}"
+
+
+# --- docs/memory.md -----------------------------------------------------------------------------------------
+
+MEMORY = PAGE.parent / "memory.md"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def rows(heading):
+    """The cells of the table below a heading, without its head."""
+    section = MEMORY.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    table = [[cell.strip() for cell in row.strip("|").split("|")] for row in section.splitlines() if row.startswith("|")]
+    assert len(table) > 6, heading
+    return table[2:]
+
+
+def made(expression):
+    return eval(expression.strip("`"), dict(vars(opt)))
+
+
+def bytes_each(rule, dtype):
+    """Of state, for each parameter of a matrix of 1024 x 1024; said to be refused where it is."""
+    x = torch.empty(1024, 1024, dtype=dtype, device="meta")
+    try:
+        return f"{opt.estimate(rule, x).state / x.numel():.2f}"
+    except opt.errors.RuleError:
+        return "refused"
+
+
+def test_the_page_on_memory_says_what_rules_keep():
+    for cell, *said in rows("State of each rule"):
+        rule = made(cell)
+        columns = (
+            (rule, "float32"),
+            (rule, "bfloat16"),
+            (opt.MixedPrecision(rule), "bfloat16"),
+            (opt.Quantised(rule), "float32"),
+        )
+        assert said == [bytes_each(one, DTYPES[dtype]) for one, dtype in columns], cell
+
+
+def test_the_page_on_memory_says_what_wrappers_add():
+    for cell, *said, _ in rows("What wrappers and members of chains add"):
+        added = [float(bytes_each(made(cell), dtype)) - float(bytes_each(opt.AdamW(), dtype)) for dtype in DTYPES.values()]
+        assert said == [f"{number:.2f}" for number in added], cell
+
+
+def test_the_page_on_memory_adds_up():
+    for cell, *said in rows("Everything together"):
+        where, _, rule = cell.partition(": ")
+        dtype = DTYPES[where.partition(",")[0]]
+        state = float(bytes_each(made(rule), dtype))
+        size = dtype.itemsize
+        assert said == [str(size), str(size), f"{state:.2f}", f"{2 * size + state:.2f}"], cell
+
+
+def test_what_is_estimated_is_what_is_kept():
+    # The figures above are of arrays on meta: here are the bytes of real ones.
+    for cell, *_ in rows("State of each rule"):
+        x = torch.ones(64, 48)
+        state = opt.setup(made(cell.replace("256", "16").replace("128", "16")), x)
+        kept = sum(leaf.nbytes for leaf in optree.tree_leaves(state[()].state))
+        assert kept == opt.estimate(made(cell.replace("256", "16").replace("128", "16")), x).state, cell

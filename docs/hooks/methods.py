@@ -6,6 +6,7 @@ in the class, the picture in docs/images/gallery, advice in docs/hooks/advice.to
 
 import dataclasses
 import inspect
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from optimisers import rules
 from optimisers.rules._fields import field_range
 
 DOCS = Path(__file__).resolve().parent.parent
+IN_VIEW = 8  # entries of a group of the navigation
 CHAINED = {"Gradients", "Limits", "Decay"}  # rooms whose rules leave the stepping to others
 LAWS = {
     "elementwise": "Elementwise: one pass over memory for all parameters at once, with the elementwise rest of its chain.",
@@ -31,12 +33,25 @@ LAWS = {
 
 def on_config(config: Any) -> None:
     """Put the pages into the navigation: the overview, then a group for each room, those for chains together."""
-    groups = {room: {room: [page(rule) for rule in found]} for room, found in by_room().items()}
-    chained = [group for room, group in groups.items() if room in CHAINED]
-    stepping = [group for room, group in groups.items() if room not in CHAINED]
-    for part in config["nav"]:
-        if "Methods" in part:
-            part["Methods"] += [*stepping, {"Members of chains": chained}]
+    (methods,) = [part["Methods"] for part in config["nav"] if "Methods" in part]
+    written = {title: pages for part in methods for title, pages in part.items() if isinstance(pages, list)}
+    chained = []
+    for room, found in by_room().items():
+        if room in written:
+            written[room] += [page(rule) for rule in found]
+        else:
+            (chained if room in CHAINED else methods).append({room: shelves(found)})
+    methods.append({"Members of chains": chained})
+
+
+def shelves(found: list[type]) -> list[Any]:
+    """The pages of a room; of a large one, in groups that can be seen at a glance."""
+    if len(found) <= IN_VIEW:
+        return [page(rule) for rule in found]
+    count = -(-len(found) // IN_VIEW)
+    cuts = [len(found) * i // count for i in range(count + 1)]
+    parts = [found[start:end] for start, end in itertools.pairwise(cuts)]
+    return [{f"{part[0].__name__} to {part[-1].__name__}": [page(rule) for rule in part]} for part in parts]
 
 
 def on_files(files: Files, *, config: Any) -> None:
