@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ArgumentError, described
-from ..rules import Apollo, Muon, OptimiserChain, Scheduled
+from ..rules import Apollo, OptimiserChain, Scheduled
 from ..rules._adjust import field_names
 from ..rules._base import AbstractRule, children
 from ..rules._wrapper import Wrapper
+from ..rules.matrices._matrix_rule import MatrixRule
 from ..tree.entry import host_state
 from ..tree.leaves import Slot
 from ..tree.state import StateTree, check_alive
@@ -53,11 +54,11 @@ def acting(rule: AbstractRule, state: Any, slot: Slot) -> Iterator[AbstractRule]
     elif isinstance(rule, Wrapper):
         yield rule
         yield from acting(rule.rule, None if state is None else state[-1], slot)
-    elif (isinstance(rule, Muon) and rule._matrix is False) or (isinstance(rule, Apollo) and len(slot.param.shape) < 2):
+    elif (isinstance(rule, MatrixRule) and rule._matrix is False) or (isinstance(rule, Apollo) and len(slot.param.shape) < 2):
         yield from acting(rule.opt, state, slot)
     else:
         yield rule
-        if not isinstance(rule, Muon):  # whose opt has no part in stepping a matrix
+        if not isinstance(rule, MatrixRule):  # whose opt has no part in stepping a matrix
             for _, _, child in children(rule):
                 yield from acting(child, None, slot)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..arrays import on_meta
 from ..errors import RoutingWarning
-from ..rules import Compensated, GrokFast, MixedPrecision, Muon, StochasticRounding
+from ..rules import Compensated, GrokFast, MixedPrecision, StochasticRounding
 from ..rules._base import AbstractRule, TransformingRule, children
+from ..rules.matrices._matrix_rule import MatrixRule
 from ..tree.entry import Entry
 from ..tree.fold import fold
 from ..tree.leaves import Slot
@@ -53,12 +54,12 @@ def _oddities(slot: Slot, entry: Entry) -> Iterator[str]:
     param = slot.param
     names = [path.lower() for path in (slot.path, *param.tied_paths)]
     for inner in acting:
-        if isinstance(inner, TransformingRule):
+        if isinstance(inner, (TransformingRule, MatrixRule)):
             yield from _of_matrices(inner, param, names)
     if param.ndim <= 1:
         for inner in acting:
-            # GrokFast's lambda_ is no decay, and Muon's is that of matrices.
-            if getattr(inner, "lambda_", 0) > 0 and not isinstance(inner, (Muon, GrokFast)):
+            # GrokFast's lambda_ is no decay, and that of a MatrixRule is for matrices.
+            if getattr(inner, "lambda_", 0) > 0 and not isinstance(inner, (MatrixRule, GrokFast)):
                 name = type(inner).__name__
                 yield f"{name} decays vectors, which mostly are biases and norms; route them to a rule without decay"
     half = slot.dtype in {"float16", "bfloat16"}
@@ -67,7 +68,7 @@ def _oddities(slot: Slot, entry: Entry) -> Iterator[str]:
         yield f"small steps of {slot.dtype} parameters are rounded away; {remedy}"
 
 
-def _of_matrices(rule: TransformingRule, param: Param, names: list[str]) -> Iterator[str]:
+def _of_matrices(rule: AbstractRule, param: Param, names: list[str]) -> Iterator[str]:
     name = type(rule).__name__
     owner = "" if param.owner is None else param.owner.__name__
     if "Embedding" in owner or any(word in path for path in names for word in ("embed", "wte", "wpe")):
@@ -82,7 +83,7 @@ def _of_matrices(rule: TransformingRule, param: Param, names: list[str]) -> Iter
 
 def _acting(rule: AbstractRule) -> Iterator[AbstractRule]:
     """The rules that treat an array: not those for other arrays that stand in the same rule."""
-    if isinstance(rule, Muon):
+    if isinstance(rule, MatrixRule):
         yield from [rule] if rule._matrix else _acting(rule.opt)
         return
     yield rule

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...arrays import Array, add_multiple, interpolate, is_complex, zeros_like
-from ...errors import HyperParameterError, RuleError
-from .._adjust import has_eta, scaled
-from .._base import AbstractRule, Law, Stages, State, TransformingRule, Whole
+from ...arrays import Array, add_multiple, interpolate, zeros_like
+from ...errors import HyperParameterError
+from .._base import AbstractRule, Stages, State, TransformingRule, Whole
 from .._fields import Choice, Interval, bounded
 from ..adaptive.adamw import AdamW
 from ..adaptive.nadam import NAdam
+from ._matrix_rule import MatrixRule
 from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, matrix_step
 from .newtonschulz import NewtonSchulz
 
 
 @dataclass(frozen=True)
-class Muon(TransformingRule):
+class Muon(MatrixRule, TransformingRule):
     """Momentum orthogonalised by Newton-Schulz for matrices, and another rule for everything else.
 
     ``x <- x - eta * (scale * orthogonalise(u) + lambda_ * x)`` with u the (Nesterov) momentum.
@@ -61,16 +60,9 @@ class Muon(TransformingRule):
     _matrix: bool | None = dataclasses.field(default=None, repr=False)  # decided at setup
 
     structural = ("fallback", "momentum", "batch_dims", "_matrix")
-    opaque = ("opt",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.opt, AbstractRule):
-            msg = f"Muon: field 'opt' must be a rule; got {self.opt!r}"
-            raise RuleError(msg)
-        if not (self.fallback is None or callable(self.fallback)):
-            msg = f"Muon: field 'fallback' must be None or a predicate on the array; got {self.fallback!r}"
-            raise HyperParameterError(msg)
         check_matrix_fields(self)
 
     @classmethod
@@ -85,58 +77,11 @@ class Muon(TransformingRule):
             raise HyperParameterError(msg)
         return cls(**{**PRESETS[name], **overrides})
 
-    @property
-    def law(self) -> Law:
-        if self._matrix is None:
-            return "none"
-        return "stackable" if self._matrix else self.opt.law
-
-    def resolved(self, x: Array, path: str) -> Muon:
-        return self.replace(_matrix=self._is_matrix(x), opt=self.opt.resolved(x, path))
-
-    def unresolved(self) -> Muon:
-        return self.replace(_matrix=None, opt=self.opt.unresolved())
-
-    def stacked(self) -> Muon:
-        return self.replace(batch_dims=self.batch_dims + 1) if self._matrix else self.replace(opt=self.opt.stacked())
-
-    def with_eta(self, eta: Any, base: Muon) -> Muon:
-        if not has_eta(self.opt):
-            msg = (
-                f"adjust: Muon gives its opt the learning rate that keeps their ratio, but {self.opt!r} has none; "
-                "adjust(state, eta=...) sets the learning rate of Muon alone"
-            )
-            raise HyperParameterError(msg)
-        if base.eta == 0:
-            msg = "adjust: Muon's learning rate was 0 at setup, so there is no ratio to keep; use adjust(state, eta=...)"
-            raise HyperParameterError(msg)
-        rule = self.replace(eta=eta)  # checks it first, for an error that names it
-        return rule.replace(opt=scaled(self.opt, base.opt, eta / base.eta))
-
-    def _is_matrix(self, x: Array) -> bool:
-        if self._matrix is not None:
-            return self._matrix
-        lone = x.ndim < self.batch_dims + 2 or math.prod(x.shape[self.batch_dims + 1 :]) == 1
-        return not lone and not (self.fallback is not None and bool(self.fallback(x)))
-
-    def decay_factor(self, state: State) -> Any:
-        return self.eta * self.lambda_ if self._matrix else self.opt.decay_factor(state)
-
-    def init(self, x: Array) -> State:
-        if not self._is_matrix(x):
-            return self.opt.init(x)
-        if is_complex(x):
-            msg = "Muon cannot orthogonalise a complex matrix; choose another rule for it, with Route or fallback"
-            raise RuleError(msg)
+    def start(self, x: Array) -> State:
         self.check(tuple(x.shape))
         return (zeros_like(x), self.mu) if self.momentum == "ema_debiased" else zeros_like(x)
 
-    def init_as(self, x: Array, dtype: str) -> State:
-        return super().init_as(x, dtype) if self._is_matrix(x) else self.opt.init_as(x, dtype)
-
-    def stages(self, state: State, x: Array, dx: Array) -> Stages:
-        if not self._is_matrix(x):
-            return (yield from self.opt.stages(state, x, dx))
+    def matrix_stages(self, state: State, x: Array, dx: Array) -> Stages:
         state, u = self._momentum(state, dx)
         direction = yield Whole(self, u)
         return state, self.eta * add_multiple(direction, x, self.lambda_)
