@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks test-nvrtc lint docs gallery bench bench-gpu package release clean
+.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-gpu package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -35,6 +35,10 @@ docs: .venv/.installed-docs
 # The pictures of the documentation. ARGS names some: make gallery ARGS='Lion schedules'
 gallery: .venv/.installed-examples
 	$(BIN)/python examples/gallery.py $(ARGS)
+
+# What the cells of examples/notebooks show, written into them; Jupyter is not needed.
+notebooks: .venv/.installed-examples
+	$(BIN)/python examples/run_notebook.py --write $(ARGS)
 
 # ARGS is for run.py: make bench ARGS='--quick --only "leaves/*"'
 bench: .venv/.installed-bench

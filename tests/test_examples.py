@@ -140,6 +140,43 @@ def test_digits_reach_their_accuracy_without_torch(tmp_path):
     assert_picture(tmp_path / "curves.png")
 
 
+# --- the notebooks -----------------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def shown(notebook):
+    """What the cells show, by their source, with numbers left out: the last digits differ from machine to machine."""
+    return [
+        ("".join(cell["source"]), re.sub(r"[\d.]+", "#", json.dumps(cell["outputs"])))
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code"
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_holds(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import run_notebook
+
+    held = json.loads(path.read_text(encoding="utf-8"))
+    assert (held["nbformat"], len({cell["id"] for cell in held["cells"]})) == (4, len(held["cells"]))
+    ran = run_notebook.run(path)
+    assert shown(ran) == shown(held)
+    tables = [
+        output["data"]["text/html"]
+        for cell in ran["cells"]
+        for output in cell.get("outputs", ())
+        if "data" in output and "text/html" in output["data"]
+    ]
+    assert tables
+    assert all("<table>" in "".join(table) for table in tables)
+
+
+def test_there_are_two_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["composing", "first-steps"]
+
+
 # --- the gallery -------------------------------------------------------------------------------------------------------------
 
 
