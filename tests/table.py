@@ -760,6 +760,23 @@ ROWS = (
             ({"ns_steps": 3}, UnknownFieldError, "Muon has no field 'ns_steps'; did you mean 'ns'?"),
         ),
     ),
+    usual(
+        "SOAP",
+        {"eta": 0.05, "beta": (0.5, 0.9), "lambda_": 0.1, "refresh": 2, "first": "step", "spread": True, "epsilon": 1e-3},
+        {"eta": 0.05, "rho": 0.5, "refresh": 1, "max_size": 3, "merge": False, "opt": opt.Momentum(0.01)},
+        complex=False,
+        law="none",
+        host_counter=True,
+        like_x=False,
+        rates=(0.3, 0.03),
+        bad=(
+            ({"opt": 0.1}, RuleError, "SOAP: field 'opt' must be a rule; got 0.1"),
+            ({"rho": 1.0}, HyperParameterError, "SOAP: field 'rho' must be None or in [0, 1); got 1.0"),
+            ({"refresh": 0}, HyperParameterError, "SOAP: field 'refresh' must be a whole number >= 1; got 0"),
+            ({"first": "go"}, HyperParameterError, "SOAP: field 'first' must be one of 'skip', 'step'; got 'go'"),
+            ({"max_size": 0}, HyperParameterError, "SOAP: field 'max_size' must be a whole number >= 1; got 0"),
+        ),
+    ),
     Row(
         "Orthogonalise",
         opt.Orthogonalise,

@@ -31,6 +31,8 @@ class Ours(NamedTuple):
     """The setting for arrays of fewer than two dimensions, where it is another."""
     most: int = 9
     """How many dimensions an array may have for the two to agree."""
+    free: tuple[tuple[int, ...], ...] = ()
+    """Shapes for which a decomposition is not determined: another test sees to them."""
 
 
 LAMB = "decays before the step, not in it; corrects only the mean, after the ratio is taken; limits the array's norm to 10"
@@ -145,6 +147,20 @@ CONVENTIONS = {
     "safeguard_warmup=True)": Ours("Prodigy(0.5, (0.8, 0.95), 0.1, d0=0.01, debias=True, safeguard=True)"),
     "optax==0.2.8 contrib.prodigy(learning_rate=1.0, estim_lr0=0.01)": Ours("Prodigy(d0=0.01, debias=True)"),
     "optax==0.2.8 contrib.dog(learning_rate=1.0)": Ours("DoG()"),
+    "pytorch_optimizer==4.1.0 SOAP(lr=0.01, precondition_frequency=1, weight_decay=0.0)": Ours(
+        "SOAP(0.01, lambda_=0.0, refresh=1, merge=False)",
+        "makes a basis of each dimension, by QR in float32; no bases for vectors",
+        NARROW,
+        vectors="SOAP(0.01, lambda_=0.0, vectors=True, max_size=1)",
+        free=((5, 3), (4, 6)),
+    ),
+    "pytorch_optimizer==4.1.0 SOAP(lr=0.01, precondition_frequency=3, betas=(0.9, 0.95), weight_decay=0.1)": Ours(
+        "SOAP(0.01 * 0.999, (0.9, 0.95), 0.1 / 0.999, refresh=3, merge=False)",
+        "the same; decays what the step has reached",
+        NARROW,
+        vectors="SOAP(0.01 * 0.999, (0.9, 0.95), 0.1 / 0.999, vectors=True, max_size=1)",
+        free=((5, 3), (4, 6)),
+    ),
     "optax==0.2.8 contrib.dowg(learning_rate=1.0)": Ours("DoG(epsilon=1e-4, start=0.01, relative=0.0, weighted=True)"),
 }
 
@@ -168,7 +184,7 @@ def test_recorded_trajectories(method, source, kind):
     if not ours.rule:
         return
     for record in recorded(method)[source]:
-        if record.x0.ndim > ours.most:
+        if record.x0.ndim > ours.most or record.x0.shape in ours.free:
             continue
         rule = eval(ours.vectors if ours.vectors and record.x0.ndim < 2 else ours.rule, vars(opt))
         error = abs(run(rule, record.x0, record.grads, kind) - record.xs).max()

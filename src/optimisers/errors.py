@@ -137,3 +137,7 @@ class CompileWarning(UserWarning):
 
 class RoutingWarning(UserWarning):
     """A parameter has a rule that rarely suits it, as `optimisers.review` sees it."""
+
+
+class DecompositionWarning(UserWarning):
+    """A matrix of gradients is not finite or could not be decomposed, so something else stands in for what is made of it."""

@@ -5,6 +5,12 @@ Dispatch is by type. torch is never imported here: if an array is a tensor, torc
 
 from ._codes import decoded as decoded
 from ._codes import encoded as encoded
+from ._decompositions import descending as descending
+from ._decompositions import eigen as eigen
+from ._decompositions import finite_each as finite_each
+from ._decompositions import identities as identities
+from ._decompositions import orthonormal as orthonormal
+from ._decompositions import taken as taken
 from ._elementwise import abs2 as abs2
 from ._elementwise import absolute as absolute
 from ._elementwise import add_multiple as add_multiple

@@ -150,6 +150,10 @@ class AbstractRule(ABC):
         """What x is multiplied by in the part of the coming step that is weight decay and nothing else."""
         return 0.0
 
+    def remark(self, shape: tuple[int, ...]) -> str:
+        """What a table of states says of an array of this shape besides the rule."""
+        return ", ".join(filter(None, (child.remark(shape) for _, _, child in children(self))))
+
     def set_own(self, fields: Mapping[str, Any]) -> tuple[AbstractRule, Mapping[str, Any], set[str]]:
         """Where a rule keeps values elsewhere than in its fields: (rule with them set, fields left, names that were set)."""
         return self, fields, set()

@@ -51,6 +51,8 @@ class Row(NamedTuple):
         path = " = ".join([slot.path or "(the array)", *slot.param.tied_paths])
         shape = "x".join(map(str, slot.param.shape)) or "0-d"
         texts = ("not trained", "not trained") if rule is None else (rule_text(rule), rule_kind(rule))
+        if rule is not None and (remark := rule.remark(tuple(slot.param.shape))):
+            reason = f"{reason}; {remark}"
         return cls(path, shape, slot.dtype, slot.param.size, state_bytes(state), frozen and rule is not None, *texts, reason)
 
 

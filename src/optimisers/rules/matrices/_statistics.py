@@ -1,0 +1,100 @@
+"""What rules with a matrix for each side share: how they begin, when they are renewed, and what is done if that fails."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ...arrays import Array, cast_to, dtype_name, eigen, finite_each, identities, where, working_dtype, zeros
+from ...errors import DecompositionWarning, HyperParameterError, brief
+from .._base import State
+from .._fields import is_tensor, real
+from .._seeds import stream_key
+from .._states import map_state, state_leaves
+from ._sides import piece_shapes
+
+
+def check_decay(rule: Any) -> None:
+    """Raise HyperParameterError unless ``rho`` is None or a decay."""
+    if rule.rho is None or is_tensor(rule.rho):
+        return
+    rho = real(rule.rho, 0)
+    if rho is None or rho >= 1:
+        msg = f"{type(rule).__name__}: field 'rho' must be None or in [0, 1); got {brief(rule.rho)}"
+        raise HyperParameterError(msg)
+    object.__setattr__(rule, "rho", rho)
+
+
+def offset_of(rule: Any, path: str) -> int:
+    """By how many steps the renewals of this array are early."""
+    return stream_key(f"{type(rule).__name__}:{path}") % rule.refresh if rule.spread else 0
+
+
+def takes_vector(rule: Any, x: Array) -> bool:
+    """Whether an array is a vector, and to be stepped by the rule."""
+    if not rule.vectors or rule._matrix is not None or x.ndim <= rule.batch_dims:
+        return False
+    return not (rule.fallback is not None and bool(rule.fallback(x)))
+
+
+def has_statistics(rule: Any, side: int) -> bool:
+    """Whether a side of this length has a matrix."""
+    return bool(1 < side <= rule.max_size)
+
+
+def start_of(rule: Any, x: Array, shape: tuple[int, ...], count: int = 2) -> State:
+    """For each side of a piece so many zero matrices, of the precision that x is computed with; None for a side without."""
+    lead = len(shape) - sides_in(rule, tuple(x.shape))
+    narrow = x.reshape(-1)[:0]
+    like = cast_to(narrow, working_dtype(dtype_name(narrow)))
+    return tuple(
+        tuple(zeros(like, (*shape[:lead], side, side)) for _ in range(count)) if has_statistics(rule, side) else None
+        for side in shape[lead:]
+    )
+
+
+def in_one_dtype(state: State, dx: Array) -> tuple[State, Array]:
+    """State and gradient in the wider of their dtypes, since matrices of two are not multiplied."""
+    names = {dtype_name(leaf) for leaf in (dx, *state_leaves(state))}
+    if len(names) < 2:
+        return state, dx
+    wide = "float64" if "float64" in names else "float32"
+    return map_state(lambda leaf: cast_to(leaf, wide), state), cast_to(dx, wide)
+
+
+def sides_in(rule: Any, shape: tuple[int, ...]) -> int:
+    """How many sides an array of this shape has."""
+    rest: int = len(shape) - rule.batch_dims
+    return min(rest, 2) if rule.merge else rest
+
+
+def remark_on(rule: Any, shape: tuple[int, ...]) -> str:
+    """Which sides of an array of this shape are too long."""
+    if rule._matrix is False:
+        return ""
+    sides = {side for piece in piece_shapes(rule, shape) for side in piece[-sides_in(rule, shape) :]}
+    return ", ".join(f"no basis for a side of {side:,}" for side in sorted(sides) if side > rule.max_size)
+
+
+def of_finite(rule: Any, x: Array) -> Array | None:
+    """None if matrices are finite; else which are, after a warning."""
+    finite = finite_each(x)
+    if finite is not None:
+        _warn(rule, x, "not finite, and keep what was made of them last")
+    return finite
+
+
+def eigenbasis(rule: Any, statistic: Array) -> Array:
+    """The eigenvectors of a statistic, the identity for one that is not finite."""
+    finite = of_finite(rule, statistic)
+    if finite is not None:
+        statistic = where(finite, statistic, identities(statistic))
+    found = eigen(statistic)
+    if found.damped:
+        _warn(rule, statistic, "decomposed with something added to their diagonals, since they could not be without")
+    return found.vectors if finite is None else where(finite, found.vectors, identities(statistic))
+
+
+def _warn(rule: Any, x: Array, what: str) -> None:
+    msg = f"{type(rule).__name__}: statistics of shape {tuple(x.shape)} are {what}"
+    warnings.warn(msg, DecompositionWarning, stacklevel=2)
