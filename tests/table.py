@@ -761,6 +761,22 @@ ROWS = (
         ),
     ),
     usual(
+        "Shampoo",
+        {"eta": 0.05, "lambda_": 0.1, "epsilon": 1e-3, "refresh": 2, "rho": 0.9, "spread": True},
+        {"eta": 0.05, "epsilon": 1e-2, "power": 0.5, "max_size": 3, "merge": False, "opt": opt.Momentum(0.01)},
+        complex=False,
+        law="none",
+        host_counter=True,
+        like_x=False,
+        rates=(1.0, 0.1),
+        bad=(
+            ({"opt": 0.1}, RuleError, "Shampoo: field 'opt' must be a rule; got 0.1"),
+            ({"rho": -0.1}, HyperParameterError, "Shampoo: field 'rho' must be None or in [0, 1); got -0.1"),
+            ({"power": 0}, HyperParameterError, "Shampoo: field 'power' must be None or a finite number > 0; got 0"),
+            ({"refresh": 0}, HyperParameterError, "Shampoo: field 'refresh' must be a whole number >= 1; got 0"),
+        ),
+    ),
+    usual(
         "SOAP",
         {"eta": 0.05, "beta": (0.5, 0.9), "lambda_": 0.1, "refresh": 2, "first": "step", "spread": True, "epsilon": 1e-3},
         {"eta": 0.05, "rho": 0.5, "refresh": 1, "max_size": 3, "merge": False, "opt": opt.Momentum(0.01)},

@@ -33,6 +33,8 @@ class Ours(NamedTuple):
     """How many dimensions an array may have for the two to agree."""
     free: tuple[tuple[int, ...], ...] = ()
     """Shapes for which a decomposition is not determined: another test sees to them."""
+    rough: tuple[tuple[int, ...], ...] = ()
+    """Shapes for which rounding leaves of zeros what epsilon does not hide: float32 says nothing, and a departure 1e-5."""
 
 
 LAMB = "decays before the step, not in it; corrects only the mean, after the ratio is taken; limits the array's norm to 10"
@@ -161,6 +163,14 @@ CONVENTIONS = {
         vectors="SOAP(0.01 * 0.999, (0.9, 0.95), 0.1 / 0.999, vectors=True, max_size=1)",
         free=((5, 3), (4, 6)),
     ),
+    "pytorch_optimizer==4.1.0 Shampoo(lr=0.1)": Ours(
+        "Shampoo(0.1, merge=False, vectors=True)", "takes each dimension for a side, and vectors too", rough=((7,),)
+    ),
+    "pytorch_optimizer==4.1.0 Shampoo(lr=0.1, momentum=0.9, preconditioning_compute_steps=2)": Ours(
+        "",
+        "mixes 0.9 of the last step into the gradient before all else, and no root is made before the second step",
+        rough=((7,),),
+    ),
     "optax==0.2.8 contrib.dowg(learning_rate=1.0)": Ours("DoG(epsilon=1e-4, start=0.01, relative=0.0, weighted=True)"),
 }
 
@@ -185,6 +195,8 @@ def test_recorded_trajectories(method, source, kind):
         return
     for record in recorded(method)[source]:
         if record.x0.ndim > ours.most or record.x0.shape in ours.free:
+            continue
+        if record.dtype == "float32" and record.x0.shape in ours.rough:
             continue
         rule = eval(ours.vectors if ours.vectors and record.x0.ndim < 2 else ours.rule, vars(opt))
         error = abs(run(rule, record.x0, record.grads, kind) - record.xs).max()
@@ -250,7 +262,28 @@ def pytorch_lamb(record, eta, beta, lambda_):
         yield x
 
 
+def pytorch_shampoo(record, eta, mu, every):
+    """Shampoo as pytorch_optimizer has it with momentum."""
+    x, last = record.x0, record.grads[0]
+    sums, roots = [1e-6 * np.eye(n) for n in x.shape], [np.zeros((n, n)) for n in x.shape]
+    for t, g in enumerate(record.grads, 1):
+        mixed = last = (1 - mu) * g + mu * last
+        for axis, n in enumerate(x.shape):
+            slices = np.moveaxis(mixed, axis, 0).reshape(n, -1)
+            sums[axis] = sums[axis] + slices @ slices.T
+            if t % every == 0:
+                u, s, vt = np.linalg.svd(sums[axis])
+                roots[axis] = (u * s ** (-1 / (2 * x.ndim))) @ vt
+            last = np.moveaxis(np.tensordot(roots[axis], last, (1, axis)), 0, axis)
+        x = x - eta * last
+        yield x
+
+
 DEPARTURES = {
+    (
+        "shampoo",
+        "pytorch_optimizer==4.1.0 Shampoo(lr=0.1, momentum=0.9, preconditioning_compute_steps=2)",
+    ): lambda record: pytorch_shampoo(record, 0.1, 0.9, 2),
     ("lamb", "pytorch_optimizer==4.1.0 Lamb(lr=0.01, max_grad_norm=0.0)"): lambda record: pytorch_lamb(
         record, 0.01, (0.9, 0.999), 0.0
     ),
@@ -267,7 +300,8 @@ def test_departures_are_as_named(method, source):
     for record in recorded(method)[source]:
         if record.dtype == "float64":
             theirs = np.array(list(DEPARTURES[method, source](record)))
-            assert abs(theirs - record.xs).max() <= CLOSE * abs(record.xs).max()
+            within = 1e-5 if record.x0.shape in CONVENTIONS[source].rough else CLOSE
+            assert abs(theirs - record.xs).max() <= within * abs(record.xs).max()
 
 
 def test_every_source_without_a_setting_is_a_departure():

@@ -9,6 +9,7 @@ from ._decompositions import descending as descending
 from ._decompositions import eigen as eigen
 from ._decompositions import finite_each as finite_each
 from ._decompositions import identities as identities
+from ._decompositions import inverse_root as inverse_root
 from ._decompositions import orthonormal as orthonormal
 from ._decompositions import taken as taken
 from ._elementwise import abs2 as abs2

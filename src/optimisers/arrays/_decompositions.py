@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._elementwise import where
 from ._host import detached
-from ._kinds import Array, cast_to, kind, namespace
-from ._reductions import count_nonfinite, stack
+from ._kinds import Array, cast_to, dtype_name, is_number, kind, namespace
+from ._reductions import count_nonfinite, count_true, stack
 
 _DAMPING = 1e-6  # the part of its greatest element that is added to the diagonal of a matrix that could not be decomposed
 _EQUAL = 1e-9  # eigenvalues that differ by less than this part of the greatest one have no derivative of their vectors
@@ -63,7 +63,7 @@ def _one(x: Array) -> tuple[Array, Array, bool]:
     try:
         wide, size = cast_to(x, "float64"), float(abs(x).max())
         values, vectors = xp.linalg.eigh(wide + _DAMPING * size * cast_to(identity, "float64"))
-        dtype = str(x.dtype).removeprefix("torch.")
+        dtype = dtype_name(x)
         return cast_to(values - _DAMPING * size, dtype), cast_to(vectors, dtype), True
     except _failures():
         return xp.ones_like(x[0]), identity, True
@@ -122,7 +122,7 @@ def orthonormal(x: Array) -> Array:
     """
     q, r = namespace(x).linalg.qr(detached(x))
     diagonal = np.diagonal(r, axis1=-2, axis2=-1) if isinstance(r, np.ndarray) else r.diagonal(dim1=-2, dim2=-1)
-    signs = cast_to(where(diagonal < 0, -1.0, 1.0), str(r.dtype).removeprefix("torch."))
+    signs = cast_to(where(diagonal < 0, -1.0, 1.0), dtype_name(r))
     q = q * signs[..., None, :]
     if _is_differentiated(x):
         torch = sys.modules["torch"]
@@ -162,3 +162,33 @@ def taken(x: Array, places: Array, axis: int) -> Array:
     if isinstance(x, np.ndarray):
         return np.take_along_axis(x, places.reshape(shape), axis)
     return sys.modules["torch"].take_along_dim(x, places.reshape(shape), axis)
+
+
+_ROUNDING = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def inverse_root(x: Array, power: Any, epsilon: Any) -> tuple[Array, int]:
+    """``(x + epsilon * I)**-power`` for finite symmetric positive matrices of shape (..., n, n), and how many were damped.
+
+    Eigenvalues that rounding has left of 0 are taken as 0. Where one stays 0 the matrix is damped: a part of the largest
+    eigenvalue stands in, or 1 for a zero matrix. The derivative is that of the matrix function.
+    """
+    given, vectors, damped = eigen(detached(x))
+    top = given[..., :1]
+    given = where(given <= given.shape[-1] * _ROUNDING[dtype_name(x)] * top, 0.0 * given, given)
+    values = given + epsilon
+    if is_number(epsilon) and epsilon == 0:
+        least = where(top > 0, _DAMPING * top, 1.0 + 0.0 * top)
+        singular = values <= 0
+        values = where(singular, least, values)
+        damped += int(count_true(singular.any(-1)))
+    roots = values**-power
+    root = (vectors * roots[..., None, :]) @ vectors.mT
+    if _is_differentiated(x):
+        change = x - detached(x)  # zero, but for its derivative
+        gaps = values[..., :, None] - values[..., None, :]
+        equal = abs(gaps) <= _EQUAL * values[..., :1, None]
+        slopes = (roots[..., :, None] - roots[..., None, :]) / where(equal, 1.0 + 0 * gaps, gaps)
+        slopes = where(equal, -power * (roots / values)[..., None, :] + 0 * gaps, slopes)
+        root = root + vectors @ (slopes * (vectors.mT @ (0.5 * (change + change.mT)) @ vectors)) @ vectors.mT
+    return root, damped

@@ -52,6 +52,7 @@ from .matrices.matrix_step import Orthogonalise as Orthogonalise
 from .matrices.muon import Muon as Muon
 from .matrices.newtonschulz import NewtonSchulz as NewtonSchulz
 from .matrices.newtonschulz import orthogonalise as orthogonalise
+from .matrices.shampoo import Shampoo as Shampoo
 from .matrices.soap import SOAP as SOAP
 from .sign.lion import Lion as Lion
 from .sign.rprop import Rprop as Rprop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ...arrays import Array, cast_to, dtype_name, eigen, finite_each, identities, where, working_dtype, zeros
+from ...arrays import Array, cast_to, dtype_name, eigen, finite_each, identities, inverse_root, where, working_dtype, zeros
 from ...errors import DecompositionWarning, HyperParameterError, brief
 from .._base import State
 from .._fields import is_tensor, real
@@ -25,6 +25,17 @@ def check_decay(rule: Any) -> None:
     object.__setattr__(rule, "rho", rho)
 
 
+def check_power(rule: Any) -> None:
+    """Raise HyperParameterError unless ``power`` is None or a number > 0."""
+    if rule.power is None or is_tensor(rule.power):
+        return
+    power = real(rule.power, 0)
+    if not power:
+        msg = f"{type(rule).__name__}: field 'power' must be None or a finite number > 0; got {brief(rule.power)}"
+        raise HyperParameterError(msg)
+    object.__setattr__(rule, "power", power)
+
+
 def offset_of(rule: Any, path: str) -> int:
     """By how many steps the renewals of this array are early."""
     return stream_key(f"{type(rule).__name__}:{path}") % rule.refresh if rule.spread else 0
@@ -37,20 +48,12 @@ def takes_vector(rule: Any, x: Array) -> bool:
     return not (rule.fallback is not None and bool(rule.fallback(x)))
 
 
-def has_statistics(rule: Any, side: int) -> bool:
-    """Whether a side of this length has a matrix."""
-    return bool(1 < side <= rule.max_size)
-
-
-def start_of(rule: Any, x: Array, shape: tuple[int, ...], count: int = 2) -> State:
-    """For each side of a piece so many zero matrices, of the precision that x is computed with; None for a side without."""
+def zero_statistics(rule: Any, x: Array, shape: tuple[int, ...], least: int = 1) -> list[Array | None]:
+    """For each side of a piece a zero matrix, of the precision that x is computed with; None for sides too short or long."""
     lead = len(shape) - sides_in(rule, tuple(x.shape))
     narrow = x.reshape(-1)[:0]
     like = cast_to(narrow, working_dtype(dtype_name(narrow)))
-    return tuple(
-        tuple(zeros(like, (*shape[:lead], side, side)) for _ in range(count)) if has_statistics(rule, side) else None
-        for side in shape[lead:]
-    )
+    return [zeros(like, (*shape[:lead], side, side)) if least <= side <= rule.max_size else None for side in shape[lead:]]
 
 
 def in_one_dtype(state: State, dx: Array) -> tuple[State, Array]:
@@ -91,8 +94,22 @@ def eigenbasis(rule: Any, statistic: Array) -> Array:
         statistic = where(finite, statistic, identities(statistic))
     found = eigen(statistic)
     if found.damped:
-        _warn(rule, statistic, "decomposed with something added to their diagonals, since they could not be without")
+        _warn(rule, statistic, _DAMPED)
     return found.vectors if finite is None else where(finite, found.vectors, identities(statistic))
+
+
+def root_of(rule: Any, statistic: Array, last: Array, power: Any) -> Array:
+    """``(statistic + epsilon * I)**-power``, the last one for a statistic that is not finite."""
+    finite = of_finite(rule, statistic)
+    if finite is not None:
+        statistic = where(finite, statistic, identities(statistic))
+    root, damped = inverse_root(statistic, power, rule.epsilon)
+    if damped:
+        _warn(rule, statistic, _DAMPED)
+    return root if finite is None else where(finite, root, last)
+
+
+_DAMPED = "decomposed with something added to their diagonals, since they could not be without"
 
 
 def _warn(rule: Any, x: Array, what: str) -> None:

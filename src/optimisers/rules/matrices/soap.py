@@ -27,7 +27,7 @@ from .._fields import Choice, Interval, bounded
 from ..adaptive.adamw import AdamW
 from ._matrix_rule import MatrixRule
 from ._sides import cut, gram_along, joined, piece_shapes, plus_gram, rotated
-from ._statistics import check_decay, eigenbasis, in_one_dtype, of_finite, offset_of, remark_on, start_of, takes_vector
+from ._statistics import check_decay, eigenbasis, in_one_dtype, of_finite, offset_of, remark_on, takes_vector, zero_statistics
 from .matrix_step import LAYOUTS
 
 
@@ -110,8 +110,13 @@ class SOAP(MatrixRule):
 
     def start(self, x: Array) -> State:
         shapes = piece_shapes(self, tuple(x.shape))
-        pieces = tuple((zeros(x, shape), zeros(x, shape, real=True), start_of(self, x, shape)) for shape in shapes)
+        pieces = tuple((zeros(x, shape), zeros(x, shape, real=True), self._sides(x, shape)) for shape in shapes)
         return pieces, 0, self.beta
+
+    def _sides(self, x: Array, shape: tuple[int, ...]) -> State:
+        """The sides of a piece before the first gradient. There is nothing to turn in a side of length 1."""
+        statistics = zero_statistics(self, x, shape, least=2)
+        return tuple(None if zero is None else (zero, zeros(zero, tuple(zero.shape))) for zero in statistics)
 
     def init_as(self, x: Array, dtype: str) -> State:
         return self.start(cast_to(x, dtype)) if self._is_matrix(x) else super().init_as(x, dtype)
