@@ -31,6 +31,11 @@ lint: .venv/.installed-torch,lint
 
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python .ci/check_site.py
+
+# Every page of the site in Chromium, which has to be on PATH, at two widths: about four minutes.
+check-site: docs
+	$(BIN)/python .ci/look_at_site.py $(ARGS)
 
 # The pictures of the documentation. ARGS names some: make gallery ARGS='Lion schedules'
 gallery: .venv/.installed-examples

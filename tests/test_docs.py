@@ -103,6 +103,25 @@ def test_public_name_is_documented(name):
     assert documented or re.search(rf"`{name}\b", rules), f"{name} stands neither in docs/api.md nor in docs/rules.md"
 
 
+def docstrings():
+    """What the pages show of each public name and of its methods."""
+    for name in [*PUBLIC, *BESIDE]:
+        value = opt
+        for part in name.split("."):
+            value = importlib.import_module(f"optimisers.{part}") if part in {"torch", "optax"} else getattr(value, part)
+        yield name, getattr(value, "__doc__", None) or ""
+        for key, member in vars(value).items() if isinstance(value, type) else ():
+            if not key.startswith("_") and inspect.isroutine(member):
+                yield f"{name}.{key}", getattr(value, key).__doc__ or ""
+
+
+def test_docstrings_are_no_markdown_by_mistake():
+    # Two stars outside of code begin bold type, and are gone from the page: (b1**t, b2**t).
+    prose = {name: re.sub(r"``.+?``|`[^`]+`", "", text, flags=re.DOTALL) for name, text in docstrings()}
+    assert len(prose) > len(PUBLIC)
+    assert [name for name, text in prose.items() if re.search(r"\*\*|\*\S[^*]*\*(?!\s)", text)] == []
+
+
 def advice():
     return tomllib.loads((ROOT / "docs" / "hooks" / "advice.toml").read_text(encoding="utf-8"))
 

@@ -23,6 +23,10 @@ from optimisers.rules._fields import field_range
 DOCS = Path(__file__).resolve().parent.parent
 IN_VIEW = 8  # entries of a group of the navigation
 CHAINED = {"Gradients", "Limits", "Decay"}  # rooms whose rules leave the stepping to others
+SYMBOLS = (
+    "Here $x$ is the array, $g$ what comes in, $m$, $v$ and $u$ are state, and a hat is the correction for a start at zero; "
+    "all symbols are in the [overview](../rules.md)."
+)
 LAWS = {
     "elementwise": "Elementwise: one pass over memory for all parameters at once, with the elementwise rest of its chain.",
     "measured": "Measured: one pass to measure, then elementwise like the rest of its chain.",
@@ -60,7 +64,7 @@ def on_files(files: Files, *, config: Any) -> None:
     advice = tomllib.loads((DOCS / "hooks" / "advice.toml").read_text(encoding="utf-8"))
     for found in by_room().values():
         for rule in found:
-            text = "\n\n".join(sections(rule, rows[rule.__name__], peers.get(rule.__name__), advice.get(rule.__name__, {})))
+            text = "\n\n".join(sections(rule, rows, peers.get(rule.__name__), advice.get(rule.__name__, {})))
             files.append(File.generated(config, page(rule), content=text))
 
 
@@ -84,27 +88,48 @@ def by_room() -> dict[str, list[type]]:
 
 
 def table_rows(name: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(the name in the first cell, the cells by their columns) for each row of the tables of a page."""
+    """For each row of a page's tables: the name in the first cell; the cells by their columns, and what stands before it."""
     head: list[str] = []
+    preface = ""
     for line in (DOCS / name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("|"):
+            if line:
+                preface = "" if line.startswith(("#", "`")) else f"{preface} {line}".strip() if not head else line
             head = []
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if not head:
             head = cells
         elif first := re.match(r"`(\w+)", cells[0]):
-            yield first[1], dict(zip(head, cells, strict=False))
+            yield first[1], {"preface": preface} | dict(zip(head, cells, strict=False))
 
 
-def sections(rule: type, row: dict[str, str], peer: dict[str, str] | None, advice: dict[str, str]) -> Iterator[str]:
+def told_of(row: dict[str, str]) -> str:
+    """The step of a rule, or what it does, in words and formulas."""
+    return next((row[key] for key in ("step", "what it returns", "what it does") if row.get(key)), "")
+
+
+def bases(name: str, rows: dict[str, dict[str, str]]) -> list[str]:
+    """The rules whose steps the step of this one is told by: ``Adam's, plus ...``; and theirs."""
+    found = [name]
+    for one in found:  # which grows
+        found += [base for base in re.findall(r"\b([A-Z]\w+)'s", told_of(rows[one])) if base in rows and base not in found]
+    return found[1:]
+
+
+def sections(rule: type, rows: dict[str, dict[str, str]], peer: dict[str, str] | None, advice: dict[str, str]) -> Iterator[str]:
     """The parts of a page."""
     name = rule.__name__
+    row = rows[name]
     yield f"# {name}"
     yield inspect.cleandoc(rule.__doc__ or "").split("\n\n")[0]
-    told = next((row[key] for key in ("step", "what it returns", "what it does") if row.get(key)), "")
+    told = told_of(row)
     if told:
         yield f"**{'Step' if 'step' in row else 'What it does'}.** {relinked(told)}"
+        yield from (f"**{base}'s step.** {relinked(told_of(rows[base]))}" for base in bases(name, rows))
+        if "$" in told:
+            about_beta = "`beta`" in row["preface"] and "beta" not in {field.name for field in dataclasses.fields(rule)}
+            yield f"{'' if about_beta else relinked(row['preface'])} {SYMBOLS}".strip()
     if row.get("source"):
         yield f"**Source.** {relinked(row['source'])}"
     if (DOCS / "images" / "gallery" / f"{name}.png").exists():

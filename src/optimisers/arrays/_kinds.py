@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -95,10 +96,11 @@ def as_dtype_name(dtype: object) -> str:
     elif type(dtype).__module__ == "torch":
         name = str(dtype).removeprefix("torch.")
     else:
-        try:
-            name = np.dtype(typed("Any", dtype)).name
-        except TypeError:
-            name = repr(dtype)
+        name = repr(dtype)
+        # NumPy 2.0 asks whatever comes for its attribute dtype, and only warns where that is none.
+        if isinstance(dtype, np.dtype | type):
+            with contextlib.suppress(TypeError):
+                name = np.dtype(typed("Any", dtype)).name
     if name not in FLOATS:
         msg = f"{name!r} is not one of {', '.join(sorted(FLOATS))}"
         raise ValueError(msg)

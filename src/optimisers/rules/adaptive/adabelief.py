@@ -18,7 +18,7 @@ class AdaBelief(AbstractRule):
         beta: decays of the running mean and of the running square, in [0, 1).
         epsilon: added to the squared distance at every step, and to the root, >= 0.
 
-    State: (m, s, (b1**t, b2**t)); m and s have x's shape.
+    State: ``(m, s, (b1**t, b2**t))``; m and s have x's shape.
     """
 
     eta: Any = 0.001

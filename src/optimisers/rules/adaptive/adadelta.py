@@ -17,7 +17,7 @@ class AdaDelta(AbstractRule):
         rho: decay of both running averages, in [0, 1).
         epsilon: added under both roots, >= 0; it also sets the size of the first steps.
 
-    State: (mean of abs(dx)**2, mean of abs(step)**2), of x's shape. There is no learning rate.
+    State: ``(mean of abs(dx)**2, mean of abs(step)**2)``, of x's shape. There is no learning rate.
     """
 
     rho: Any = 0.9

@@ -18,7 +18,7 @@ class Adam(AbstractRule):
         beta: decays of the running mean and of the running square, in [0, 1).
         epsilon: added to the root, >= 0.
 
-    State: (m, v, (b1**t, b2**t)); m and v have x's shape, v is real; t is the number of the coming step.
+    State: ``(m, v, (b1**t, b2**t))``; m and v have x's shape, v is real; t is the number of the coming step.
     """
 
     eta: Any = 0.001

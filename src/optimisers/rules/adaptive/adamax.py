@@ -18,7 +18,7 @@ class AdaMax(AbstractRule):
         beta: decays of the running mean and of the maximum, in [0, 1).
         epsilon: added to the maximum, >= 0.
 
-    State: (m, u, (b1**t, b2**t)); m and u have x's shape. Complex arrays are refused.
+    State: ``(m, u, (b1**t, b2**t))``; m and u have x's shape. Complex arrays are refused.
     """
 
     eta: Any = 0.001

@@ -26,7 +26,7 @@ class AdamMini(AbstractRule):
             for the array; or so many equal blocks along the first axis (heads of queries and keys). Arrays of fewer than
             two dimensions are one block.
 
-    State: (m, v, (b1**t, b2**t)): m has x's shape, v is (blocks, 1).
+    State: ``(m, v, (b1**t, b2**t))``: m has x's shape, v is (blocks, 1).
     """
 
     eta: Any = 0.001

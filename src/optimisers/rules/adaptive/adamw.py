@@ -21,7 +21,7 @@ class AdamW(AbstractRule):
         couple: True multiplies the decay by eta, ``x <- x - eta * (adam + lambda_ * x)``, as torch.optim.AdamW does; False
             leaves it, ``x <- x - eta * adam - lambda_ * x``, as the paper's decoupled form with a constant schedule.
 
-    State: (m, v, (b1**t, b2**t)), as Adam's.
+    State: ``(m, v, (b1**t, b2**t))``, as Adam's.
     """
 
     eta: Any = 0.001

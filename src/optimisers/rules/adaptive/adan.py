@@ -22,8 +22,8 @@ class Adan(AbstractRule):
         proximal: True divides by ``1 + eta * lambda_`` after the step, as the paper does; False adds ``eta * lambda_ * x`` to
             the step, as AdamW does.
 
-    State: (m, d, n, last, (b1**t, b2**t, b3**t), seen): means of gradients and differences, running square, the last gradient,
-    all of x's shape; seen is 0 before the first step, which has no difference, and 1 after it.
+    State: ``(m, d, n, last, (b1**t, b2**t, b3**t), seen)``: means of gradients and differences, running square, the last
+    gradient, all of x's shape; seen is 0 before the first step, which has no difference, and 1 after it.
     """
 
     eta: Any = 0.001

@@ -23,7 +23,8 @@ class AdEMAMix(AbstractRule):
         warmup: steps over which alpha grows from 0 and the slow decay from ``beta[0]``, its half-life by the same amount every
             step, >= 0. The paper takes the whole training; 0 begins with their final values.
 
-    State: (m, v, slow, (b1**t, b2**t), t); m, v and slow have x's shape. The slow mean is not corrected for its start at zero.
+    State: ``(m, v, slow, (b1**t, b2**t), t)``; m, v and slow have x's shape. The slow mean is not corrected for its start at
+    zero.
     """
 
     eta: Any = 0.001

@@ -19,7 +19,7 @@ class Lamb(MeasuredRule):
         lambda_: weight decay, part of what is scaled, >= 0.
         epsilon: added to the root, >= 0.
 
-    State: (m, v, (b1**t, b2**t)), as Adam's. Where the array or the step is zero, the step is Adam's.
+    State: ``(m, v, (b1**t, b2**t))``, as Adam's. Where the array or the step is zero, the step is Adam's.
     """
 
     eta: Any = 0.001

@@ -19,7 +19,7 @@ class LaProp(AbstractRule):
         lambda_: weight decay, times eta, >= 0.
         epsilon: added to the root, >= 0.
 
-    State: (m, v, (b1**t, b2**t)); m and v have x's shape.
+    State: ``(m, v, (b1**t, b2**t))``; m and v have x's shape.
     """
 
     eta: Any = 4e-4

@@ -23,7 +23,7 @@ class Mars(MeasuredRule):
 
         from_zero: let the gradient before the first be zero, as the official code does; the paper has no change at first.
 
-    State: (m, v, last, (b1**t, b2**t), seen); m, v and last have x's shape; seen is 0 before the first gradient, then 1.
+    State: ``(m, v, last, (b1**t, b2**t), seen)``; m, v and last have x's shape; seen is 0 before the first gradient, then 1.
     """
 
     eta: Any = 3e-3

@@ -27,7 +27,7 @@ class Prodigy(MeasuredRule):
         safeguard: keep the learning rate out of the denominator of the estimate, for long warm-ups.
         group: which arrays are measured together.
 
-    State: (m, v, s, x0, (d, r, t), (b1**t, b2**t)): m, v, s (sum of gradients) and x0 (the first value) have x's shape; the
+    State: ``(m, v, s, x0, (d, r, t), (b1**t, b2**t))``: m, v, s (sum of gradients) and x0 (the first value) have x's shape; the
     estimate d and its numerator r are 0-d and the same in all arrays of the group that have taken as many steps t. Complex
     arrays are refused.
     """

@@ -18,7 +18,7 @@ class RAdam(AbstractRule):
         beta: decays of the running mean and of the running square, in [0, 1).
         epsilon: added to the root, >= 0.
 
-    State: (m, v, (b1**t, b2**t), t); m and v have x's shape.
+    State: ``(m, v, (b1**t, b2**t), t)``; m and v have x's shape.
     """
 
     eta: Any = 0.001

@@ -19,7 +19,7 @@ class RMSProp(AbstractRule):
         epsilon: added to the root, >= 0.
         centred: subtract the square of the running mean. It fixes the state, so ``adjust`` cannot change it.
 
-    State: (mean of abs(dx)**2, mean of dx, or None if not centred), of x's shape.
+    State: ``(mean of abs(dx)**2, mean of dx, or None if not centred)``, of x's shape.
     """
 
     eta: Any = 0.001

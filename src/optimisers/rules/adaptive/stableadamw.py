@@ -21,7 +21,7 @@ class StableAdamW(MeasuredRule):
         lambda_: weight decay, times eta, >= 0.
         epsilon: added to the root, and the least root in the measure, >= 0.
 
-    State: (m, v, (b1**t, b2**t)), as Adam's.
+    State: ``(m, v, (b1**t, b2**t))``, as Adam's.
     """
 
     eta: Any = 0.001

@@ -21,7 +21,7 @@ class Yogi(AbstractRule):
         start: what mean and square start from, >= 0. The paper's square starts from a first batch.
         debias: correct both for their start as Adam does. The paper does not.
 
-    State: (m, v, (b1**t, b2**t)); m and v have x's shape.
+    State: ``(m, v, (b1**t, b2**t))``; m and v have x's shape.
     """
 
     eta: Any = 0.01

@@ -35,7 +35,7 @@ class Apollo(CompositeRule):
         projection: callable ``(shape, refresh) -> array`` of shape (rank, projected side) in the place of the Gaussian with
             variance 1 / rank.
 
-    State: ((m, v, (b1**t, b2**t)), t, key), m and v of shape (rank, longer side); for vectors the state of opt. Trailing
+    State: ``((m, v, (b1**t, b2**t)), t, key)``, m and v of shape (rank, longer side); for vectors the state of opt. Trailing
     dimensions are flattened: a convolution is an (out, in * height * width) matrix.
     """
 

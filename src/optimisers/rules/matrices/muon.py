@@ -40,8 +40,8 @@ class Muon(MatrixRule, TransformingRule):
         blocks: as in `Orthogonalise`.
         batch_dims: as in `Orthogonalise`.
 
-    State: m, of x's shape (with ``"ema_debiased"`` (m, mu**t)); for the other arrays the state of opt. Complex matrices are
-    refused.
+    State: m, of x's shape (with ``"ema_debiased"``: ``(m, mu**t)``); for the other arrays the state of opt. Complex matrices
+    are refused.
     """
 
     opt: AbstractRule = AdamW(3e-4, (0.9, 0.95), 0.01)

@@ -37,8 +37,9 @@ class Averaged(Wrapper):
         decay: weight of the past, in [0, 1).
         debias: leave the initial value out of the average.
 
-    State: Average(average, decay**t, state of the rule). The average has x's shape and the dtype of moments, but float32 for
-    half precision, in which it would stand still. In a chain it must be the last member, as later ones would change the step.
+    State: ``Average(average, decay**t, state of the rule)``. The average has x's shape and the dtype of moments, but float32
+    for half precision, in which it would stand still. In a chain it must be the last member, since later ones would change
+    the step.
     """
 
     rule: AbstractRule

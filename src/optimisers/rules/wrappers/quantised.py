@@ -27,7 +27,7 @@ class Codes(NamedTuple):
 class Quantised(Wrapper):
     """Keeps the moments of the rule inside in 8 bits, a quarter of float32's memory.
 
-    They are decoded for a step and coded anew after it. Arrays of more than 2**16 elements are stepped piece by piece if the
+    They are decoded for a step and coded anew after it. Arrays of more than 65,536 elements are stepped piece by piece if the
     rule is elementwise, so that no moment is ever there as a whole.
 
     Args:
