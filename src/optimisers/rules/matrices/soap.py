@@ -61,9 +61,9 @@ class SOAP(MatrixRule):
         blocks: as in `Orthogonalise`; each has bases of its own.
         batch_dims: as in `Orthogonalise`.
 
-    State: (pieces, t, (b1**t, b2**t)), t counting gradients, with a piece for each size of block: (m, v, sides), m and v in the
-    coordinates of the bases, and for each side (statistic, basis), both (side, side), or None where it has none. Statistics and
-    bases of half-precision arrays are float32. A statistic that is not finite keeps the basis it had, with a
+    State: ``(pieces, t, (b1**t, b2**t))``, t counting gradients, with a piece for each size of block: (m, v, sides), m and v in
+    the coordinates of the bases, and for each side (statistic, basis), both (side, side), or None where it has none. Statistics
+    and bases of half-precision arrays are float32. A statistic that is not finite keeps the basis it had, with a
     DecompositionWarning. Complex matrices are refused. Inside torch.func.vmap and torch.compile t cannot be read.
     """
 
