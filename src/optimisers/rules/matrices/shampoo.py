@@ -44,10 +44,10 @@ class Shampoo(MatrixRule):
         blocks: as in `Orthogonalise`; each has statistics of its own.
         batch_dims: as in `Orthogonalise`.
 
-    State: (pieces, t, rho**t), t counting gradients, with a piece for each size of block: for each side (statistic, root), both
-    (side, side), or None where it has none. Those of half-precision arrays are float32. A statistic that is not finite keeps
-    the root it had, and one that is singular with epsilon 0 is damped, with a DecompositionWarning. Complex matrices are
-    refused. Inside torch.func.vmap and torch.compile t cannot be read.
+    State: ``(pieces, t, rho**t)``, t counting gradients, with a piece for each size of block: for each side (statistic, root),
+    both (side, side), or None where it has none. Those of half-precision arrays are float32. A statistic that is not finite
+    keeps the root it had, and one that is singular with epsilon 0 is damped, with a DecompositionWarning. Complex matrices
+    are refused. Inside torch.func.vmap and torch.compile t cannot be read.
     """
 
     eta: Any = 0.1
