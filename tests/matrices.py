@@ -7,6 +7,9 @@ import optimisers as opt
 from golden_data import numpy_of
 from optimisers.rules._adjust import field_names
 
+LONE = [(), (5,), (5, 1), (5, 1, 1), (1, 1)]
+MATRICES = [(1, 5), (5, 2), (1, 5, 1), (1, 1, 3)]
+
 
 def drawn(shape, kind, dtype, rng, order=None):
     """Normal numbers; ``order`` is that of the axes in memory."""
@@ -43,3 +46,13 @@ def assert_alike(a, b, tolerance):
             assert x.dtype == y.dtype
             ours, theirs = (numpy_of(v.double() if isinstance(v, torch.Tensor) else v) for v in (x, y))
             np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def newton_schulz(u, triples, bound):
+    """The iteration as the papers write it, on the short side."""
+    tall = u.shape[0] > u.shape[1]
+    y = (u.T if tall else u) / bound(np.sqrt((u**2).sum()))
+    for a, b, c in triples:
+        gram = y @ y.T
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y.T if tall else y

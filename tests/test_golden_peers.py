@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
@@ -19,6 +20,8 @@ CLOSE = 1e-10
 """How far a float64 trajectory may be off, relative to the greatest element."""
 NARROW = 1e-6
 """The same where the source computes a number in float32."""
+COARSE = 2e-3
+"""The same where the source iterates in bfloat16, of which the last bit is 4e-3: of steps that are a hundredth of the array."""
 
 
 class Ours(NamedTuple):
@@ -37,6 +40,7 @@ class Ours(NamedTuple):
     """Shapes for which rounding leaves of zeros what epsilon does not hide: float32 says nothing, and a departure 1e-5."""
 
 
+MUON = "orthogonalises in bfloat16"
 LAMB = "decays before the step, not in it; corrects only the mean, after the ratio is taken; limits the array's norm to 10"
 CONVENTIONS = {
     "pytorch_optimizer==4.1.0 AdEMAMix(lr=0.01)": Ours("AdEMAMix(0.01)"),
@@ -170,6 +174,22 @@ CONVENTIONS = {
         "",
         "mixes 0.9 of the last step into the gradient before all else, and no root is made before the second step",
         rough=((7,),),
+    ),
+    "pytorch_optimizer==4.1.0 NorMuon(lr=0.02)": Ours(
+        'NorMuon(0.02, nesterov=True, scale="jordan", ns=NewtonSchulz(normaliser="clamp"), '
+        "opt=AdamW(3e-4, (0.9, 0.95), epsilon=1e-10))",
+        MUON,
+        COARSE,
+    ),
+    "pytorch_optimizer==4.1.0 AdaMuon(lr=0.02)": Ours(
+        'AdaMuon(0.02, (0.9, 0.95), epsilon=1e-10, signs=False, ns=NewtonSchulz(normaliser="clamp"), '
+        "opt=AdamW(3e-4, epsilon=1e-10))",
+        MUON,
+        COARSE,
+    ),
+    "pytorch_optimizer==4.1.0 SCION(lr=0.01)": Ours('Scion(0.01, ns=NewtonSchulz(normaliser="clamp"))', MUON, COARSE),
+    "pytorch_optimizer==4.1.0 SCION(lr=0.01, momentum=0.3, constraint=True)": Ours(
+        'Scion(0.01, 0.7, constrained=True, ns=NewtonSchulz(normaliser="clamp"))', MUON, COARSE
     ),
     "optax==0.2.8 contrib.dowg(learning_rate=1.0)": Ours("DoG(epsilon=1e-4, start=0.01, relative=0.0, weighted=True)"),
 }
@@ -306,6 +326,83 @@ def test_departures_are_as_named(method, source):
 
 def test_every_source_without_a_setting_is_a_departure():
     assert {source for source, ours in CONVENTIONS.items() if not ours.rule} == {source for _, source in DEPARTURES}
+
+
+# --- what is coarse: in bfloat16 the source's bits, in float64 ours -----------------------------------------------------------
+
+
+def polar(u, dtype):
+    """Newton-Schulz as pytorch_optimizer has it, in a dtype."""
+    x = u.to(dtype)
+    tall = len(x) > x.shape[1]
+    x = x.mT if tall else x
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def pytorch_normuon(x, grads, dtype, eta=0.02, beta=0.95):
+    """NorMuon as pytorch_optimizer has it, for a matrix."""
+    m, v = torch.zeros_like(x), x.new_zeros(len(x), 1)
+    for g in grads:
+        m = m.lerp(g, 1 - beta)
+        u = polar(g.lerp(m, beta), dtype).to(x.dtype)
+        v = v.lerp(u.square().mean(-1, keepdim=True), 1 - beta)
+        step = u / (v.sqrt() + 1e-10)
+        x = x - eta * max(1, len(x) / x.shape[1]) ** 0.5 * step * (u.norm() / (step.norm() + 1e-10))
+        yield x
+
+
+def pytorch_adamuon(x, grads, dtype, eta=0.02, beta=(0.9, 0.95)):
+    """AdaMuon as pytorch_optimizer has it, for a matrix."""
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t, g in enumerate(grads, 1):
+        m = m.lerp(g, 1 - beta[0])
+        u = polar(m, dtype)
+        v = v.mul(beta[1]).addcmul(u, u, value=1 - beta[1])
+        u = (u / ((v / (1 - beta[1] ** t)).sqrt() + 1e-10)).to(dtype)
+        u = u * (min(x.shape) ** 0.5 / u.norm().add(1e-10))
+        x = x.add(u, alpha=-eta * 0.2 * max(x.shape) ** 0.5)
+        yield x
+
+
+def pytorch_scion(x, grads, dtype, scale, alpha, constrained, eta=0.01):
+    """SCION as pytorch_optimizer has it, for a matrix."""
+    d = torch.zeros_like(x)
+    for g in grads:
+        d = d.lerp(g, alpha)
+        x = (x * (1 - eta) if constrained else x).add(polar(d, dtype) * torch.tensor(scale, dtype=dtype), alpha=-eta)
+        yield x
+
+
+def coarse(source, record, dtype):
+    """The trajectory of a matrix as its source makes it in a dtype."""
+    rows, *columns = record.x0.shape
+    x, grads = torch.from_numpy(record.x0).reshape(rows, -1), torch.from_numpy(record.grads).flatten(2)
+    if "SCION" not in source:
+        xs = (pytorch_normuon if "NorMuon" in source else pytorch_adamuon)(x, grads, dtype)
+    else:
+        scale = (rows / columns[0]) ** 0.5 / np.prod(columns[1:])
+        constrained = "constraint=True" in source
+        xs = pytorch_scion(x, grads, dtype, float(scale), 0.3 if constrained else 0.1, constrained)
+    return torch.stack(list(xs)).reshape(record.xs.shape).numpy()
+
+
+@pytest.mark.parametrize(("method", "source"), [each for each in sources() if CONVENTIONS[each[1]].within == COARSE])
+def test_coarse_sources_are_the_same_but_for_their_dtype(method, source):
+    rule = eval(CONVENTIONS[source].rule, vars(opt))
+    for record in recorded(method)[source]:
+        fine = record.dtype == "float64"
+        largest = abs(record.xs).max()
+        ours = run(rule, record.x0, record.grads)
+        if record.x0.ndim < 2:
+            assert abs(ours - record.xs).max() <= (CLOSE if fine else 1e-6) * largest
+            continue
+        assert abs(coarse(source, record, torch.bfloat16) - record.xs).max() <= (1e-14 if fine else 1e-6) * largest
+        if fine:
+            assert abs(coarse(source, record, torch.float64) - ours).max() <= CLOSE * largest
 
 
 # --- numbers over several arrays -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
+from matrices import LONE, MATRICES, newton_schulz
 from optimisers.rules.matrices.newtonschulz import JORDAN
 from optimisers.tree.show import state_bytes
 from running import run
@@ -31,16 +32,6 @@ def check(ours, theirs, tolerance=1e-12):
 
 
 # --- the conventions, transcribed ---------------------------------------------------------------------------------------
-
-
-def newton_schulz(u, triples, bound):
-    """The iteration as the papers write it, on the short side."""
-    tall = u.shape[0] > u.shape[1]
-    y = (u.T if tall else u) / bound(np.sqrt((u**2).sum()))
-    for a, b, c in triples:
-        gram = y @ y.T
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return y.T if tall else y
 
 
 def keller_jordan(x, grads, lr=0.02, mu=0.95):
@@ -403,9 +394,6 @@ def test_orthogonalise_alone(kind):
 
 
 # --- which arrays are matrices ------------------------------------------------------------------------------------------
-
-LONE = [(), (5,), (5, 1), (5, 1, 1), (1, 1)]
-MATRICES = [(1, 5), (5, 2), (1, 5, 1), (1, 1, 3)]
 
 
 @both_kinds

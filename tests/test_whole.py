@@ -32,6 +32,10 @@ RULES = {
     "gathering": opt.OptimiserChain(opt.AccumGrad(2), opt.Muon()),
     "scheduled": opt.Scheduled(opt.Muon(), eta=halving),
     "averaged": opt.Averaged(opt.OptimiserChain(opt.ClipNorm(0.5), opt.Muon()), 0.5),
+    "AdaMuon": opt.AdaMuon(0.02, lambda_=0.1, signs=False),
+    "AdaMuon in a chain": opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdaMuon(0.02, signs=False), opt.ClipNorm(1e-3)),
+    "Scion": opt.Scion(0.02, constrained=True),
+    "Scion by rows": opt.Scion(0.02, norm="rows", blocks=2),
     "in a master": opt.MixedPrecision(opt.Muon(momentum="ema_debiased"), "float64"),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

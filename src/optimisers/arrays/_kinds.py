@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 from typing import cast as typed
@@ -155,5 +154,5 @@ def as_array(x: Any) -> Any:
 
 
 def element_count(x: Array) -> int:
-    """Number of elements."""
-    return math.prod(x.shape)
+    """Number of elements, also of an array that is traced."""
+    return x.size if isinstance(x, np.ndarray) else x.numel()

@@ -108,7 +108,7 @@ class Traced:
 
     def numel(self) -> Any:
         """The number of elements."""
-        return self._count() if self.element else 1
+        return self.tracer.number("count", "int") if self.element else 1
 
     def _count(self) -> Traced:
         if self.tracer.whole:

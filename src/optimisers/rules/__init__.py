@@ -47,11 +47,14 @@ from .limits.cliprms import ClipRMS as ClipRMS
 from .limits.gradnormcontrol import GradNormControl as GradNormControl
 from .limits.normgrowthcap import NormGrowthCap as NormGrowthCap
 from .limits.trustratio import TrustRatio as TrustRatio
+from .matrices.adamuon import AdaMuon as AdaMuon
 from .matrices.apollo import Apollo as Apollo
 from .matrices.matrix_step import Orthogonalise as Orthogonalise
 from .matrices.muon import Muon as Muon
 from .matrices.newtonschulz import NewtonSchulz as NewtonSchulz
 from .matrices.newtonschulz import orthogonalise as orthogonalise
+from .matrices.normuon import NorMuon as NorMuon
+from .matrices.scion import Scion as Scion
 from .matrices.shampoo import Shampoo as Shampoo
 from .matrices.soap import SOAP as SOAP
 from .sign.lion import Lion as Lion

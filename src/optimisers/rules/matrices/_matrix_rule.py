@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ...arrays import Array, is_complex
 from ...errors import HyperParameterError, RuleError
@@ -25,7 +25,7 @@ class MatrixRule(CompositeRule):
     stack matrices.
     """
 
-    opt: AbstractRule
+    opt: Any
     eta: Any
     lambda_: Any
     fallback: Callable[[Any], bool] | None
@@ -34,11 +34,14 @@ class MatrixRule(CompositeRule):
 
     opaque = ("opt",)
 
+    alone: ClassVar[bool] = False
+    """Whether opt may be None, and all arrays are stepped by the rule itself."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if not isinstance(self.opt, AbstractRule):
-            msg = f"{name}: field 'opt' must be a rule; got {self.opt!r}"
+        if not (isinstance(self.opt, AbstractRule) or (self.alone and self.opt is None)):
+            msg = f"{name}: field 'opt' must be {'None or ' if self.alone else ''}a rule; got {self.opt!r}"
             raise RuleError(msg)
         if not (self.fallback is None or callable(self.fallback)):
             msg = f"{name}: field 'fallback' must be None or a predicate on the array; got {self.fallback!r}"
@@ -64,15 +67,17 @@ class MatrixRule(CompositeRule):
         return "stackable" if self._matrix else self.opt.law
 
     def resolved(self, x: Array, path: str) -> Self:
-        return self.replace(_matrix=self._is_matrix(x), opt=self.opt.resolved(x, path))
+        return self.replace(_matrix=self._is_matrix(x), opt=None if self.opt is None else self.opt.resolved(x, path))
 
     def unresolved(self) -> Self:
-        return self.replace(_matrix=None, opt=self.opt.unresolved())
+        return self.replace(_matrix=None, opt=None if self.opt is None else self.opt.unresolved())
 
     def stacked(self) -> Self:
         return self.replace(batch_dims=self.batch_dims + 1) if self._matrix else self.replace(opt=self.opt.stacked())
 
     def with_eta(self, eta: Any, base: Self) -> Self:
+        if self.opt is None:
+            return self.replace(eta=eta)
         name = type(self).__name__
         if not has_eta(self.opt):
             msg = (
@@ -89,6 +94,8 @@ class MatrixRule(CompositeRule):
     def _is_matrix(self, x: Array) -> bool:
         if self._matrix is not None:
             return self._matrix
+        if self.opt is None:
+            return True
         return not is_lone(tuple(x.shape), self.batch_dims) and not (self.fallback is not None and bool(self.fallback(x)))
 
     def decay_factor(self, state: State) -> Any:
@@ -98,7 +105,8 @@ class MatrixRule(CompositeRule):
         if not self._is_matrix(x):
             return self.opt.init(x)
         if is_complex(x):
-            msg = f"{type(self).__name__} cannot step a complex matrix; choose another rule for it, with Route or fallback"
+            what = "array" if self.opt is None else "matrix"
+            msg = f"{type(self).__name__} cannot step a complex {what}; choose another rule for it, with Route or fallback"
             raise RuleError(msg)
         return self.start(x)
 
@@ -107,5 +115,5 @@ class MatrixRule(CompositeRule):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         if not self._is_matrix(x):
-            return (yield from self.opt.stages(state, x, dx))
+            return (yield from self.opt.stages(state, x, dx))  # type: ignore[no-any-return]
         return (yield from self.matrix_stages(state, x, dx))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -113,34 +114,59 @@ def block_runs(rule: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]
 
 def matrix_step(rule: Any, u: Array) -> Array:
     """u orthogonalised block by block and scaled, in its own shape."""
+    return blockwise(rule, u, lambda stack, axis: sign_times(scale_of(rule.scale, *sides(stack, axis)), stack, rule.ns))
+
+
+def polar(rule: Any, u: Array) -> Array:
+    """u orthogonalised block by block, in its own shape."""
+    return blockwise(rule, u, lambda stack, _: sign_times(1.0, stack, rule.ns))
+
+
+def blockwise(rule: Any, u: Array, f: Callable[[Array, int], Array]) -> Array:
+    """What f makes of each block of u, in the shape of u. f is given a stack of blocks, and the axis of their outputs."""
+    shape = tuple(u.shape)
+    runs = block_runs(rule, shape)
+    if 0 in shape:
+        return u
+    if len(runs) == 1 and runs[0][1] == 1:
+        matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
+        return f(matrix, -2 if rule.layout == "out_in" else -1).reshape(shape)
+    return from_blocks(rule, [f(stack, -2) for stack in to_blocks(rule, u)], shape)
+
+
+def to_blocks(rule: Any, u: Array) -> list[Array]:
+    """The blocks of u as (outputs, inputs) matrices, those of one size as one stack: (..., how many, outputs, inputs)."""
     shape = tuple(u.shape)
     matrix = u.reshape(matrix_shape(shape, rule.batch_dims))
-    runs = block_runs(rule, shape)
-    rows_first = rule.layout == "out_in"
-    if 0 in shape or (len(runs) == 1 and runs[0][1] == 1):
-        return sign_times(_scale(rule, matrix), matrix, rule.ns).reshape(shape)
-    if not rows_first:
-        matrix = matrix.mT
-    pieces = []
-    start = 0
-    for size, count in runs:  # blocks of one size are orthogonalised as one stack
-        lead, columns = matrix.shape[:-2], matrix.shape[-1]
-        stack = matrix[..., start : start + size * count, :].reshape((*lead, count, size, columns))
-        start += size * count
-        scale = _scale(rule, stack if rows_first else stack.mT)
-        pieces.append(sign_times(scale, stack, rule.ns).reshape((*lead, count * size, columns)))
-    whole = concatenate(pieces, axis=-2)
-    return (whole if rows_first else whole.mT).reshape(shape)
-
-
-def _scale(rule: Any, matrix: Array) -> float:
-    rows, columns = matrix.shape[-2:]
     if rule.layout == "in_out":
-        rows, columns = columns, rows
-    if 0 in (rows, columns):
+        matrix = matrix.mT
+    *lead, _, columns = matrix.shape
+    stacks = []
+    start = 0
+    for size, count in block_runs(rule, shape):
+        stacks.append(matrix[..., start : start + size * count, :].reshape((*lead, count, size, columns)))
+        start += size * count
+    return stacks
+
+
+def from_blocks(rule: Any, stacks: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    """The array of this shape from its blocks."""
+    flat = [stack.reshape((*stack.shape[:-3], stack.shape[-3] * stack.shape[-2], stack.shape[-1])) for stack in stacks]
+    matrix = concatenate(flat, axis=-2)
+    return (matrix if rule.layout == "out_in" else matrix.mT).reshape(shape)
+
+
+def sides(stack: Array, axis: int) -> tuple[int, int]:
+    """How many outputs and inputs its matrices have, the outputs lying along an axis, -2 or -1."""
+    return stack.shape[axis], stack.shape[-3 - axis]
+
+
+def scale_of(scale: str, outputs: float, inputs: float) -> float:
+    """The factor with this name for a matrix with so many outputs and inputs."""
+    if 0 in (outputs, inputs):
         return 1.0
-    if rule.scale == "jordan":
-        return math.sqrt(max(1, rows / columns))
-    if rule.scale == "moonlight":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(rows / columns) if rule.scale == "rms" else 1.0
+    if scale == "jordan":
+        return math.sqrt(max(1, outputs / inputs))
+    if scale == "moonlight":
+        return 0.2 * math.sqrt(max(outputs, inputs))
+    return math.sqrt(outputs / inputs) if scale == "rms" else 1.0
