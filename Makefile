@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-gpu package release clean
+.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-pages bench-check bench-gpu package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -48,6 +48,13 @@ notebooks: .venv/.installed-examples
 # ARGS is for run.py: make bench ARGS='--quick --only "leaves/*"'
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# The benchmarks in the documentation, from the results that are there; and our own bounds beside them.
+bench-pages: .venv/.installed-examples
+	$(BIN)/python benchmarks/pages.py
+
+bench-check: .venv/.installed-torch
+	$(BIN)/python benchmarks/check.py $(ARGS)
 
 # On a CUDA device, under four minutes; --dry and --host need none.
 bench-gpu: .venv/.installed-torch

@@ -1,6 +1,9 @@
-"""Compare this library with others, and write ``results.md``, ``results.json`` and ``results.png``.
+"""Compare this library with others, and write ``results.md`` and ``results.json``.
 
 ``python benchmarks/run.py --only 'gpt2/*' --quick``
+
+All of it, without ``--only`` and ``--quick``, is what the documentation tells of: its pages and their picture are written then
+too.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+import pages
 import report
 from measuring import QUICK, Row, Settings
 
@@ -29,7 +33,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases by name; --list shows the names")
     parser.add_argument("--quick", action="store_true", help="few rounds, in two or three minutes")
     parser.add_argument("--rounds", type=int, help="so many rounds at most; without it as many as are worth it")
-    parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to; without it, this one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the folder to write to; without it, this one for all cases, and out/bench for some or quick ones",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and do nothing")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # of a process that measures: its lines go there
     return parser.parse_args()
@@ -109,8 +117,13 @@ def main() -> None:
             tqdm.write(report.line(row))
     for problem in problems:
         print(problem)
-    given.out.mkdir(parents=True, exist_ok=True)
-    report.write(given.out, rows, problems, about, settings_of(given))
+    whole = not given.quick and not given.only
+    out = given.out or (HERE if whole else Path("out", "bench"))
+    report.write(out, rows, problems, about, settings_of(given))
+    print(pages.tables(rows))
+    print(f"every line is in {out / 'results.md'}")
+    if out == HERE:
+        pages.write()
 
 
 if __name__ == "__main__":
