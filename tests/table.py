@@ -808,6 +808,29 @@ ROWS = (
         ),
     ),
     usual(
+        "Dion",
+        {"eta": 0.05, "mu": 0.5, "lambda_": 0.1, "epsilon": 1e-3, "rank": 2},
+        {"eta": 0.05, "rank": 1.0, "scale": "none", "layout": "in_out", "seed": 3, "opt": opt.Momentum(0.01)},
+        complex=False,
+        law="none",
+        like_x=False,
+        rates=(0.3, 0.1),
+        bad=(
+            *bad_fraction("Dion", "mu"),
+            (
+                {"rank": 0},
+                HyperParameterError,
+                "Dion: field 'rank' must be a whole number >= 1, or a fraction in (0, 1]; got 0",
+            ),
+            (
+                {"rank": 1.5},
+                HyperParameterError,
+                "Dion: field 'rank' must be a whole number >= 1, or a fraction in (0, 1]; got",
+            ),
+            ({"rank": None}, HyperParameterError, "'rank' must be a whole number >= 1, or a fraction in (0, 1]; got None"),
+        ),
+    ),
+    usual(
         "AdaMuon",
         {"eta": 0.05, "beta": (0.5, 0.9), "lambda_": 0.1, "epsilon": 1e-3, "signs": False},
         {"eta": 0.05, "signs": False, "layout": "in_out"},

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import optimisers as opt
 from golden_data import made, numpy_of
@@ -17,6 +18,8 @@ RULES = {
     "NorMuon with Muon's scale": opt.NorMuon(0.1, (0.8, 0.9), 0.3, scale="jordan", nesterov=True),
     "AdaMuon": opt.AdaMuon(0.1, (0.8, 0.9), 0.3),
     "AdaMuon without signs": opt.AdaMuon(0.1, (0.8, 0.9), 0.3, signs=False),
+    "Dion": opt.Dion(0.1, 0.8, 0.3),
+    "Dion of full rank": opt.Dion(0.1, 0.8, 0.3, rank=1.0, scale="jordan"),
     "Scion": opt.Scion(0.1, 0.8, constrained=True),
     "Scion for a first layer": opt.Scion(0.1, 0.8, 2.0, 0.3, scale="jordan", normalised=False),
     "Scion by signs": opt.Scion(0.1, 0.8, norm="sign"),
@@ -25,7 +28,7 @@ RULES = {
     "Scion for an embedding": opt.Scion(0.1, 0.8, norm="columns", normalised=False),
 }
 every = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-with_opt = pytest.mark.parametrize("make", [opt.NorMuon, opt.AdaMuon], ids=lambda make: make.__name__)
+with_opt = pytest.mark.parametrize("make", [opt.NorMuon, opt.AdaMuon, opt.Dion], ids=lambda make: make.__name__)
 both_kinds = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
 
@@ -175,6 +178,7 @@ def test_state_bytes():
     assert share(opt.Scion()) == 1
     assert 1 < share(opt.NorMuon()) < 1.003
     assert share(opt.AdaMuon()) == 2
+    assert share(opt.Dion()) == 1 + 2 * 384 * 96 / (1152 * 384 + 1536 * 384)
 
 
 # --- the papers, written out ------------------------------------------------------------------------------------------------
@@ -239,6 +243,83 @@ def test_adamuon_is_that_of_its_paper(kind, shape, signs):
     x, grads = trajectory(shape, 8)
     given = (0.1, (0.8, 0.9), 0.3, 1e-10)
     check(run(opt.AdaMuon(*given, signs=signs), x, grads, kind), list(adamuon(x, grads, *given, signs)), 1e-8)
+
+
+def gram_schmidt(columns):
+    """The columns of a matrix made orthonormal, one after another and twice."""
+    found = []
+    for column in columns.T:
+        left = column
+        for other in 2 * found:
+            left = left - (other @ left) * other
+        found.append(left / math.sqrt(left @ left))
+    return np.array(found).T
+
+
+def dion(x, grads, q, eta, mu, lambda_, epsilon, scale):
+    """Dion: algorithm 1, column by column."""
+    m = 0 * x
+    for g in grads:
+        b = m + g
+        p = gram_schmidt(b @ q)
+        r = b.T @ p
+        m = b - (1 - mu) * sum(np.outer(p[:, i], r[:, i]) for i in range(q.shape[1]))
+        q = np.array([column / (math.sqrt(column @ column) + epsilon) for column in r.T]).T
+        x = (1 - eta * lambda_) * x - eta * scale * p @ q.T
+        yield x
+
+
+@both_kinds
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)], ids=str)
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (2, 2), (0.3, 2), (1.0, None), (50, None)])
+def test_dion_is_that_of_its_paper(kind, shape, rank, columns):
+    x, grads = trajectory(shape, 8)
+    rule = opt.Dion(0.1, 0.8, 0.3, 1e-6, rank)
+    _, (q,) = opt.setup(rule, x)[()].state
+    assert q.shape == (1, shape[1], min(shape) if columns is None else columns)
+    expected = list(dion(x, grads, q[0], 0.1, 0.8, 0.3, 1e-6, math.sqrt(shape[0] / shape[1])))
+    check(run(rule, x, grads, kind), expected)
+
+
+@both_kinds
+def test_dion_of_full_rank_finds_the_nearest_orthogonal_matrix(kind):
+    x, (g,) = trajectory((6, 4), 1)
+    xs = run(opt.Dion(1.0, 0.0, rank=1.0, scale="none"), x, [g] * 200, kind)
+    u, _, vt = np.linalg.svd(g, full_matrices=False)
+    check(xs[-2] - xs[-1], u @ vt, 1e-6)
+
+
+def test_what_dion_does_not_step_stays_in_its_momentum():
+    """Over time all of a steady gradient is stepped, also by steps of rank one."""
+    x, (g,) = trajectory((4, 3), 1)
+    state = opt.setup(opt.Dion(1e-3, 0.5, rank=1, scale="none"), x)
+    seen = []
+    for _ in range(60):
+        before = x
+        state, x = opt.update(state, x, g)
+        seen.append(np.linalg.svd(before - x)[0][:, 0])
+    assert np.linalg.matrix_rank(np.array(seen), 1e-2) == 3
+
+
+@both_kinds
+def test_dion_starts_alike_for_one_seed(kind):
+    model = {"a": made(np.ones((6, 4)), kind), "b": made(np.ones((6, 4)), kind)}
+    first = opt.setup(opt.Dion(rank=2), model)
+    assert numpy_of(first["a"].state[1][0]).tobytes() == numpy_of(first["b"].state[1][0]).tobytes()
+    other = opt.setup(opt.Dion(rank=2, seed=1), model)
+    assert np.abs(numpy_of(other["a"].state[1][0]) - numpy_of(first["a"].state[1][0])).max() > 0.1
+
+
+def test_derivatives_of_dion_are_those_of_its_formulas():
+    torch.manual_seed(0)
+    x, g = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def stepped(g):
+        state = opt.setup(opt.Dion(0.1, rank=2), x)
+        state, y = opt.update(state, x, 2 * g)
+        return opt.update(state, y, g)[1]
+
+    assert torch.autograd.gradcheck(stepped, g)
 
 
 LMO = {

@@ -25,6 +25,7 @@ RULES = {name: rule for name, _, rule in cases(law="stackable")} | {
     "Muon, other": opt.Muon(opt.OptimiserChain(opt.Orthogonalise(batch_dims=0), opt.Adam()), fallback=lambda x: x.ndim == 2),
     "NorMuon": opt.NorMuon(0.02, lambda_=0.1),
     "NorMuon, blocks": opt.NorMuon(0.02, scale="jordan", blocks=2, layout="in_out"),
+    "Dion": opt.Dion(0.02, rank=2),
     "AdaMuon, blocks": opt.AdaMuon(0.02, signs=False, blocks=2),
     "Scion": opt.Scion(0.02, norm="columns"),
     "by hand": opt.OptimiserChain(opt.Momentum(1.0, 0.9), opt.Orthogonalise(), opt.WeightDecay(0.01), opt.Descent(0.02)),

@@ -115,7 +115,7 @@ def _with_derivative(x: Array, values: Array, vectors: Array) -> tuple[Array, Ar
 
 
 def orthonormal(x: Array) -> Array:
-    """The columns of square matrices, of shape (..., n, n), made orthonormal one after another: the Q of QR.
+    """The columns of matrices, of shape (..., n, k) with k <= n, made orthonormal one after another: the Q of QR.
 
     Its signs are those with which R has no negative number on its diagonal. Its derivative is taken as 0 where columns depend
     on one another.
@@ -128,9 +128,14 @@ def orthonormal(x: Array) -> Array:
         torch = sys.modules["torch"]
         low = abs(diagonal).amin(-1) <= _EQUAL * abs(diagonal).amax(-1)
         r = where(low[..., None, None], _identity_like(r), r * signs[..., :, None])
-        lower = torch.linalg.solve_triangular(r, q.mT @ (x - detached(x)), upper=True, left=False).tril(-1)
-        lower = where(low[..., None, None], 0.0, lower)
-        q = q + q @ (lower - lower.mT)
+        change = torch.linalg.solve_triangular(r, x - detached(x), upper=True, left=False)  # zero, but for its derivative
+        change = where(low[..., None, None], 0.0, change)
+        inside = q.mT @ change
+        lower = inside.tril(-1)
+        turned = q @ (lower - lower.mT)
+        if x.shape[-2] > x.shape[-1]:  # out of the space of the columns
+            turned = turned + change - q @ inside
+        q = q + turned
     return q
 
 

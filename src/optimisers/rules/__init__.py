@@ -49,6 +49,7 @@ from .limits.normgrowthcap import NormGrowthCap as NormGrowthCap
 from .limits.trustratio import TrustRatio as TrustRatio
 from .matrices.adamuon import AdaMuon as AdaMuon
 from .matrices.apollo import Apollo as Apollo
+from .matrices.dion import Dion as Dion
 from .matrices.matrix_step import Orthogonalise as Orthogonalise
 from .matrices.muon import Muon as Muon
 from .matrices.newtonschulz import NewtonSchulz as NewtonSchulz

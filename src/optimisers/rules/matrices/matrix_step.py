@@ -73,7 +73,7 @@ class Orthogonalise(TransformingRule):
 def check_matrix_fields(rule: Any) -> None:
     """Raise HyperParameterError unless ``ns`` and ``blocks`` of the rule are what they should be."""
     name = type(rule).__name__
-    if not isinstance(rule.ns, NewtonSchulz):
+    if not isinstance(getattr(rule, "ns", NewtonSchulz()), NewtonSchulz):
         msg = f"{name}: field 'ns' must be a NewtonSchulz; got {rule.ns!r}"
         raise HyperParameterError(msg)
     several = isinstance(rule.blocks, (tuple, list))
