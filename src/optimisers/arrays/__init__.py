@@ -10,8 +10,12 @@ from ._decompositions import eigen as eigen
 from ._decompositions import finite_each as finite_each
 from ._decompositions import identities as identities
 from ._decompositions import inverse_root as inverse_root
+from ._decompositions import largest as largest
+from ._decompositions import norm_below as norm_below
 from ._decompositions import orthonormal as orthonormal
+from ._decompositions import solve_lower as solve_lower
 from ._decompositions import taken as taken
+from ._decompositions import upper as upper
 from ._elementwise import abs2 as abs2
 from ._elementwise import absolute as absolute
 from ._elementwise import add_multiple as add_multiple

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._elementwise import where
+from ._elementwise import sqrt, where
 from ._host import detached
 from ._kinds import Array, cast_to, dtype_name, is_number, kind, namespace
 from ._reductions import count_nonfinite, count_true, stack
@@ -197,3 +197,43 @@ def inverse_root(x: Array, power: Any, epsilon: Any) -> tuple[Array, int]:
         slopes = where(equal, -power * (roots / values)[..., None, :] + 0 * gaps, slopes)
         root = root + vectors @ (slopes * (vectors.mT @ (0.5 * (change + change.mT)) @ vectors)) @ vectors.mT
     return root, damped
+
+
+def solve_lower(lower: Array, x: Array) -> Array:
+    """What lower triangular matrices of shape (..., n, n) multiply to x of shape (..., n, k): NaN where one is singular."""
+    if kind(lower) == "torch":
+        return sys.modules["torch"].linalg.solve_triangular(lower, x, upper=False)
+    try:
+        return np.linalg.solve(lower, x)
+    except np.linalg.LinAlgError:
+        return np.full(np.broadcast_shapes(x.shape, (*lower.shape[:-1], x.shape[-1])), np.nan, x.dtype)
+
+
+def upper(x: Array) -> Array:
+    """Matrices with 0 below their diagonals."""
+    return namespace(x).triu(x)
+
+
+def largest(x: Array, axes: int) -> Array:
+    """The largest magnitude over so many last axes, kept as length 1."""
+    over = tuple(range(-axes, 0))
+    return abs(x).max(axis=over, keepdims=True) if isinstance(x, np.ndarray) else abs(x).amax(over, keepdim=True)
+
+
+def norm_below(x: Array) -> Array:
+    """A lower bound of the spectral norm of symmetric matrices, close by for those with no negative eigenvalue: (..., 1, 1).
+
+    Two products with the longest column: Li's `norm_lower_bound`.
+    """
+    scale = largest(x, 2)
+    x = x / where(scale > 0, scale, 1.0 + 0 * scale)
+    lengths = (x * x).sum(-2)
+    if isinstance(x, np.ndarray):
+        column = np.take_along_axis(x, np.argmax(lengths, -1)[..., None, None], -1)
+    else:
+        place = detached(lengths).argmax(-1)[..., None, None]
+        column = x.gather(-1, place.expand(*x.shape[:-1], 1))
+    column = x @ column
+    length = sqrt((column * column).sum(-2))[..., None, :]
+    column = x @ (column / where(length > 0, length, 1.0 + 0 * length))
+    return scale * sqrt((column * column).sum(-2))[..., None, :]

@@ -50,6 +50,7 @@ from .limits.trustratio import TrustRatio as TrustRatio
 from .matrices.adamuon import AdaMuon as AdaMuon
 from .matrices.apollo import Apollo as Apollo
 from .matrices.dion import Dion as Dion
+from .matrices.kron import Kron as Kron
 from .matrices.matrix_step import Orthogonalise as Orthogonalise
 from .matrices.muon import Muon as Muon
 from .matrices.newtonschulz import NewtonSchulz as NewtonSchulz

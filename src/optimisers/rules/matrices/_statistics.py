@@ -25,15 +25,16 @@ def check_decay(rule: Any) -> None:
     object.__setattr__(rule, "rho", rho)
 
 
-def check_power(rule: Any) -> None:
-    """Raise HyperParameterError unless ``power`` is None or a number > 0."""
-    if rule.power is None or is_tensor(rule.power):
+def check_positive(rule: Any, name: str) -> None:
+    """Raise HyperParameterError unless a field is None or a number > 0."""
+    value = getattr(rule, name)
+    if value is None or is_tensor(value):
         return
-    power = real(rule.power, 0)
-    if not power:
-        msg = f"{type(rule).__name__}: field 'power' must be None or a finite number > 0; got {brief(rule.power)}"
+    number = real(value, 0)
+    if not number:
+        msg = f"{type(rule).__name__}: field {name!r} must be None or a finite number > 0; got {brief(value)}"
         raise HyperParameterError(msg)
-    object.__setattr__(rule, "power", power)
+    object.__setattr__(rule, name, number)
 
 
 def offset_of(rule: Any, path: str) -> int:
@@ -71,19 +72,19 @@ def sides_in(rule: Any, shape: tuple[int, ...]) -> int:
     return min(rest, 2) if rule.merge else rest
 
 
-def remark_on(rule: Any, shape: tuple[int, ...]) -> str:
+def remark_on(rule: Any, shape: tuple[int, ...], what: str = "no basis") -> str:
     """Which sides of an array of this shape are too long."""
     if rule._matrix is False:
         return ""
     sides = {side for piece in piece_shapes(rule, shape) for side in piece[-sides_in(rule, shape) :]}
-    return ", ".join(f"no basis for a side of {side:,}" for side in sorted(sides) if side > rule.max_size)
+    return ", ".join(f"{what} for a side of {side:,}" for side in sorted(sides) if side > rule.max_size)
 
 
 def of_finite(rule: Any, x: Array) -> Array | None:
     """None if matrices are finite; else which are, after a warning."""
     finite = finite_each(x)
     if finite is not None:
-        _warn(rule, x, "not finite, and keep what was made of them last")
+        warn_of(rule, x, "not finite, and keep what was made of them last")
     return finite
 
 
@@ -94,7 +95,7 @@ def eigenbasis(rule: Any, statistic: Array) -> Array:
         statistic = where(finite, statistic, identities(statistic))
     found = eigen(statistic)
     if found.damped:
-        _warn(rule, statistic, _DAMPED)
+        warn_of(rule, statistic, _DAMPED)
     return found.vectors if finite is None else where(finite, found.vectors, identities(statistic))
 
 
@@ -105,13 +106,14 @@ def root_of(rule: Any, statistic: Array, last: Array, power: Any) -> Array:
         statistic = where(finite, statistic, identities(statistic))
     root, damped = inverse_root(statistic, power, rule.epsilon)
     if damped:
-        _warn(rule, statistic, _DAMPED)
+        warn_of(rule, statistic, _DAMPED)
     return root if finite is None else where(finite, root, last)
 
 
 _DAMPED = "decomposed with something added to their diagonals, since they could not be without"
 
 
-def _warn(rule: Any, x: Array, what: str) -> None:
-    msg = f"{type(rule).__name__}: statistics of shape {tuple(x.shape)} are {what}"
+def warn_of(rule: Any, x: Array, what: str, name: str = "statistics") -> None:
+    """Warn that matrices of a rule are something."""
+    msg = f"{type(rule).__name__}: {name} of shape {tuple(x.shape)} are {what}"
     warnings.warn(msg, DecompositionWarning, stacklevel=2)

@@ -13,7 +13,7 @@ from .._fields import Interval, bounded
 from ..adaptive.adagrad import AdaGrad
 from ._matrix_rule import MatrixRule
 from ._sides import along, cut, joined, piece_shapes, plus_gram
-from ._statistics import check_decay, check_power, in_one_dtype, offset_of, remark_on, root_of, takes_vector, zero_statistics
+from ._statistics import check_decay, check_positive, in_one_dtype, offset_of, remark_on, root_of, takes_vector, zero_statistics
 from .matrix_step import LAYOUTS
 
 
@@ -77,7 +77,7 @@ class Shampoo(MatrixRule):
             object.__setattr__(self, "opt", AdaGrad(self.eta))
         super().__post_init__()
         check_decay(self)
-        check_power(self)
+        check_positive(self, "power")
 
     def resolved(self, x: Array, path: str) -> Shampoo:
         return super().resolved(x, path).replace(_offset=offset_of(self, path))
