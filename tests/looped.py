@@ -60,10 +60,20 @@ def traces():
 
 def is_exact(state):
     """Whether everything that this state's groups were stepped by gives the bits of the rules."""
+    return all(program.exact for program in programs(state))
+
+
+def is_agreed(state):
+    """Whether everything that this state's groups were stepped by gives the same bits compiled and run by NumPy."""
+    return all(program.agreed for program in programs(state))
+
+
+def programs(state):
+    """What this state's groups were stepped by."""
     keys = {group_state.group.key for group_state in state._grouped.group_states}
-    found = [variant.program.exact for key, variants in group._variants.items() if key[:-1] in keys for variant in variants]
+    found = [variant.program for key, variants in group._variants.items() if key[:-1] in keys for variant in variants]
     assert found
-    return all(found)
+    return found
 
 
 def held(state):

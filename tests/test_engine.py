@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import optimisers as opt
-from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_exact, raw
+from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_agreed, is_exact, raw
 from optimisers.engine.groups import states as held_module
 from optimisers.engine.kernels import threads, work
 from optimisers.engine.kernels.c import compiler as build
@@ -119,10 +119,18 @@ def compare(rule, lib, dtype, switch, monkeypatch):
     switch("rules")
     expected = list(line(rule, lib, dtype, opt.update, finite=finite))
     assert counter.runs == 0
+    compiled = []
     for update, way in ((opt.update, "1"), (opt.update_, "1"), (opt.update_, "0")):
-        counter.runs, exact = 0, True
+        counter.runs, exact, agreed = 0, True, way == "0"
         switch(way)
         for (state, model), (right_state, right) in zip(line(rule, lib, dtype, update, finite=finite), expected, strict=True):
+            agreed = agreed and (held(state) == 0 or is_agreed(state))
+            if update is opt.update:
+                compiled.append((state, model))
+            elif agreed:
+                same_state, same = compiled.pop(0)
+                assert raw([*model.values()]) == raw([same[path] for path in model])
+                assert_states_alike(state, same_state, exact=True)
             exact = exact and (held(state) == 0 or is_exact(state))  # SkipNonFinite leaves the loops when it skips
             assert exact or not (lib == "numpy" and rule.law == "elementwise")
             unit = coarsest(right_state)

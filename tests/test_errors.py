@@ -248,9 +248,11 @@ def after_frozen_sibling(w, state, model, step):
     opt.thaw(sibling)
 
 
-def after_unstepped_sibling(w, state, model, step):
-    later, _ = opt.update(state, model, {"a": w.ones(2), "b": None})  # still shares b
-    step()
+def unstepped_sibling_of_consumed(w):
+    model = {"a": w.ones(2), "b": w.ones(2**14)}
+    state = opt.setup(opt.Adam(), model)
+    later, _ = opt.update(state, model, {"a": w.ones(2), "b": None})  # still shares b, which is too large to be copied
+    opt.update_(state, model, None)
     opt.adjust(later, 0.1)
 
 
@@ -1237,7 +1239,7 @@ CASES = [
     ),
     Case(
         "consumed, unstepped array",
-        lambda w: consumed(w, after_unstepped_sibling),
+        unstepped_sibling_of_consumed,
         ConsumedStateError,
         "this state was consumed by update_, which re-used its memory. Go on with the state that update_ "
         "returned, or use update, which leaves its arguments as they are",

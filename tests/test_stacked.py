@@ -43,8 +43,9 @@ TOLERANCES = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture
-def stacks(monkeypatch):
-    """The sizes of the stacks that are stepped."""
+def stacks(monkeypatch, switch):
+    """The sizes of the stacks that the rules themselves step; loops make stacks of their own."""
+    switch("rules")
     sizes = []
     whole = stacked._as_stack
     monkeypatch.setattr(stacked, "_as_stack", lambda members: sizes.append(len(members)) or whole(members))

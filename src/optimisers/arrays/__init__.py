@@ -62,6 +62,7 @@ from ._kinds import namespace as namespace
 from ._kinds import plain as plain
 from ._kinds import real_dtype as real_dtype
 from ._kinds import torch_if_loaded as torch_if_loaded
+from ._kinds import torch_part as torch_part
 from ._kinds import working_dtype as working_dtype
 from ._matrices import add_identity as add_identity
 from ._matrices import add_matmul as add_matmul

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RuleError
-from ._kinds import Array, kind, torch_if_loaded
+from ._kinds import Array, kind, torch_if_loaded, torch_part
 from ._traced import Traced
 
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -34,11 +34,7 @@ def is_compiling() -> bool:
 
 def without_autocast() -> AbstractContextManager[Any]:
     """A context in which arithmetic does not depend on ``torch.autocast``: that is for the forward pass."""
-    if torch_if_loaded() is None:
-        return nullcontext()
-    from . import _torch
-
-    return _torch.without_autocast()
+    return nullcontext() if torch_if_loaded() is None else torch_part().without_autocast()
 
 
 def is_recording() -> bool:

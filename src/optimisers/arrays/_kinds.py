@@ -30,6 +30,19 @@ def torch_if_loaded() -> ModuleType | None:
     return sys.modules.get("torch")
 
 
+_torch_part: Any = None
+
+
+def torch_part() -> Any:
+    """The module with what only concerns torch tensors, which is not to be imported before torch is."""
+    global _torch_part  # noqa: PLW0603
+    if _torch_part is None:  # an import inside a function takes a microsecond each time
+        from . import _torch
+
+        _torch_part = _torch
+    return _torch_part
+
+
 def kind(x: object) -> str | None:
     """``"numpy"``, ``"torch"`` or ``"traced"`` for an array, None for anything else (NumPy scalars included)."""
     if isinstance(x, np.ndarray):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ def is_transformed(x: torch.Tensor) -> bool:
 
 
 _AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
+_is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def without_autocast() -> AbstractContextManager[Any]:
     """A context in which products are computed in the dtypes of what is multiplied, whatever ``torch.autocast`` says."""
+    if not _is_any_autocast_enabled():
+        return nullcontext()
     stack = ExitStack()
     for device in _AUTOCASTING:
         if torch.is_autocast_enabled(device):

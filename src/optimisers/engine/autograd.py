@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..arrays import is_recording, kind, torch_if_loaded
+from ..arrays import is_recording, kind, torch_if_loaded, torch_part
 from ..rules._base import AbstractRule, walk
 from ..rules._states import state_leaves
 from ..tree.entry import Entry
@@ -16,20 +16,12 @@ def is_ordinary() -> bool:
     """Whether arrays are what they seem: no transform, trace or dispatch mode looks on."""
     if torch_if_loaded() is None:
         return True
-    if is_recording():
-        return False
-    from ..arrays import _torch
-
-    return _torch.is_ordinary()
+    return not is_recording() and bool(torch_part().is_ordinary())
 
 
 def is_eager() -> bool:
     """Whether tensors are computed at once: no trace, transform or forward mode. Dispatch modes see what is done to all."""
-    if torch_if_loaded() is None:
-        return False
-    from ..arrays import _torch
-
-    return _torch.is_eager()
+    return torch_if_loaded() is not None and bool(torch_part().is_eager())
 
 
 def wants_graph(entries: Iterable[tuple[Entry, Any, Any]]) -> bool:
@@ -78,7 +70,7 @@ def requires_grad(arrays: Sequence[Any]) -> bool:
 def mode(*, graph: bool) -> AbstractContextManager[Any]:
     """The context in which to step: as the caller has it if a graph is wanted, else without grad."""
     torch = torch_if_loaded()
-    return nullcontext() if graph or torch is None else torch.no_grad()
+    return nullcontext() if graph or torch is None or not torch.is_grad_enabled() else torch.no_grad()
 
 
 def as_parameter(new: Any, old: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -109,10 +108,12 @@ def _wants_graph(given: Given, grouped: GroupedState | None, *, ordinary: bool) 
     by_group = grouped if ordinary else None  # groups hold no state and have no rule that requires grad
     if by_group is not None and not given.differentiable and not torch.is_grad_enabled():
         return False
-    if not any(kind(x) == "torch" for x in given.xs):
+    if not any(isinstance(x, torch.Tensor) for x in given.xs):
         return False
     if given.differentiable or (by_group is not None and autograd.requires_grad(given.dxs)):
         return True
+    if by_group is not None and not by_group.ungrouped:
+        return False
     entries, slots = (tree._entries, range(len(given.xs))) if by_group is None else (tree._heads, by_group.ungrouped)
     return autograd.wants_graph((entries[i], given.xs[i], given.dxs[i]) for i in slots)
 
@@ -125,7 +126,6 @@ class _NoKernels(Exception):  # noqa: N818 (a signal)
         self.key = key
 
 
-@dataclass
 class _Step:
     """One attempt at a step.
 
@@ -142,15 +142,13 @@ class _Step:
 
     """
 
-    given: Given
-    grouped: GroupedState
-    graph: bool = False
-    packs: bool = True
-    groups: dict[int, GroupStep] = field(default_factory=dict)
-    misfits: dict[int, list[int]] = field(default_factory=dict)
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
-    values: dict[int, Any] = field(default_factory=dict)
-    lease: Lease = field(default_factory=Lease)
+    def __init__(self, given: Given, grouped: GroupedState, *, graph: bool = False, packs: bool = True) -> None:
+        self.given, self.grouped, self.graph, self.packs = given, grouped, graph, packs
+        self.groups: dict[int, GroupStep] = {}
+        self.misfits: dict[int, list[int]] = {}
+        self.outcomes: dict[int, Outcome] = {}
+        self.values: dict[int, Any] = {}
+        self.lease = Lease()
 
     def taken(self) -> Stepped:
         """Down to the kernels, and up again with a new state."""

@@ -70,7 +70,7 @@ def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -
     ):
         for i, value in stepped.values.items():
             leaves[grouped.first[i]] = value
-        return stepped.state, state._structure.unflatten(model, leaves)
+        return stepped.state, state._structure.unflatten(model, leaves, work.spec)
     finish = finisher(graph=stepped.graph)
     for i, value in stepped.values.items():
         places = slots[i].places
@@ -123,6 +123,8 @@ class Work(NamedTuple):
     """For each slot the gradient, None if it is not to be stepped."""
     admitted: list[bool]
     """For each group that the state holds whether its arrays are as they were when it was made."""
+    spec: Any
+    """What puts other leaves in their places."""
 
 
 def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False, in_place: bool = False) -> Work:
@@ -136,7 +138,7 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
         raise ArgumentError(msg)
     check_alive(state)
     structure, slots = state._structure, state._slots
-    leaves = structure.flatten(model)
+    leaves, spec = structure.taken_apart(model)
     given = [leaf.grad for leaf in leaves] if from_module else given_gradients(structure, model, grads)
     refuse_untrained(state._plan, leaves, given)
     for i in state._plan.tied:
@@ -147,7 +149,7 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     dxs = [given[leaf] for leaf in first]
     if not isinstance(grouped, GroupedState):
         _check(state, range(len(slots)), xs, dxs, given, in_place=in_place)
-        return Work(leaves, xs, dxs, [])
+        return Work(leaves, xs, dxs, [], spec)
     for i in grouped.idle:
         dxs[i] = None
     _check(state, grouped.checked_singly, xs, dxs, given, in_place=in_place)
@@ -158,7 +160,7 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
         admitted.append(alike)
         if not alike:
             _check(state, group.slots, xs, dxs, given, in_place=in_place)
-    return Work(leaves, xs, dxs, admitted)
+    return Work(leaves, xs, dxs, admitted, spec)
 
 
 def _check_tie(slot: Slot, leaves: list[Any], paths: Sequence[str]) -> None:

@@ -46,6 +46,10 @@ class TreeStructure:
 
     def flatten(self, model: Any, what: str = "model") -> list[Any]:
         """The leaves of a model of this structure, or StructureError naming the first place that differs."""
+        return self.taken_apart(model, what)[0]
+
+    def taken_apart(self, model: Any, what: str = "model") -> tuple[list[Any], optree.PyTreeSpec]:
+        """The leaves, and what puts others in their places."""
         leaves, spec = optree.tree_flatten(model, none_is_leaf=True)
         if spec != self.spec:
             if is_module(model):
@@ -55,7 +59,7 @@ class TreeStructure:
             list(_align(example, model, (), what, skip=False))
             msg = f"{what}: its structure {spec} is not the one seen by setup, {self.spec}"
             raise StructureError(msg)
-        return leaves
+        return leaves, spec
 
     def align(self, model: Any, grads: Any) -> list[Any]:
         """For every leaf of the model its gradient, None where the gradient tree is absent there or further up."""
@@ -66,9 +70,12 @@ class TreeStructure:
         except (ValueError, TypeError):
             return list(_align(model, grads, (), "gradient", skip=True))
 
-    def unflatten(self, model: Any, leaves: Sequence[Any]) -> Any:
-        """A model of the same structure with other leaves (dicts keep the key order of the model given)."""
-        return optree.tree_structure(model, none_is_leaf=True).unflatten(leaves)
+    def unflatten(self, model: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec | None = None) -> Any:
+        """A model of the same structure with other leaves (dicts keep the key order of the model given).
+
+        ``spec`` is the model's own, if it is at hand.
+        """
+        return (spec or optree.tree_structure(model, none_is_leaf=True)).unflatten(leaves)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,11 @@ class ModuleStructure:
             raise ArgumentError(msg)
         return self.flatten(grads, "gradient")
 
-    def unflatten(self, model: Any, leaves: Sequence[Any]) -> Any:
+    def taken_apart(self, model: Any) -> tuple[list[Any], None]:
+        """The parameters; nothing else is needed to put others in their places."""
+        return self.flatten(model), None
+
+    def unflatten(self, model: Any, leaves: Sequence[Any], _spec: None = None) -> Any:
         """A dict of names; for a mapping that also holds aliases, with those too."""
         named = dict(zip(self.paths, leaves, strict=True))
         if not is_module(model):

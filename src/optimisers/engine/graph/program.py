@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ...arrays import Tape, Traced, Tracer
+from ...arrays import HOST, Tape, Traced, Tracer
 
 COMPILED = frozenset({"bfloat16", "float32", "float64"})
 """The dtypes that loops are made for."""
@@ -82,6 +82,7 @@ class Program:
         hypers: how many of them are hyper-parameters.
         counters: which of them are the numbers of the state.
         exact: whether it gives the rule's own bits.
+        agreed: whether all backends of the host give the same bits: it is made of what IEEE 754 rounds correctly, and no sums.
         steps: whether the parameter moves.
         dtypes: those of the arrays, by name.
         library: whose arrays it is for.
@@ -118,6 +119,28 @@ class Program:
             Tape(boundary.values if isinstance(boundary, Boundary) else (), self.columns) for boundary in self.boundaries
         ]
         self.deciding = Tape([node for node, _ in self.early], self.columns)
+        targets = [n for this in all_passes(self) for n in (*this.reductions, *(node for _, node in this.stores))]
+        self.agreed = not any(map(_is_approximate, _nodes(targets)))
+
+
+_APPROXIMATE = frozenset({"sum", "exp", "log", "tanh", "pow"})
+
+
+def _is_approximate(node: Traced) -> bool:
+    """Whether its last bit is a matter of who computes it. A power of Python numbers is C's own everywhere."""
+    return node.op in _APPROXIMATE and not (node.op == "pow" and node.dtype in {HOST, "float64"} and not node.element)
+
+
+def _nodes(targets: Iterable[Traced]) -> Iterator[Traced]:
+    """Targets and all that they are made of, but for sums that are given."""
+    seen: set[int] = set()
+    ahead = list(targets)
+    while ahead:
+        node = ahead.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            ahead += node.args
+            yield node
 
 
 MEASURED = re.compile(r"m\d+_\d+")

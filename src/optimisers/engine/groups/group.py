@@ -179,15 +179,6 @@ class Group:
         """The numbers of a state, 0 for those that lie on a device."""
         return [0.0 if i in self.scalars else float(leaves[i]) for i in self.numbers]
 
-    def is_exact(self) -> bool:
-        """Whether loops give the rule's own bits, so that it does not matter from which step on they are used."""
-        try:
-            counters = np.array([self.counters_in(state_leaves(self.template))])
-            parts = self.partition(np.array([0]), np.tile(counters, (self.count, 1)), self.dtype)
-        except Untraceable:
-            return False
-        return all(variant.program.exact for variant, _, _ in parts)
-
     # --- programs ---
 
     def columns(self, program: Program, counters: Vector, members: Vector) -> Vector:

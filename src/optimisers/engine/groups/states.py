@@ -20,17 +20,11 @@ from ...tree.heads import Heads
 from ...tree.leaves import Slot
 from ..graph.program import COMPILED
 from ..graph.trace import filled, form_of, nesting, structure_of_rule
-from ..kernels.c import compiler as build
 from ..kernels.cuda.devices import device_of
 from ..memory.pool import Column, Pool
 from ..memory.strides import Vector, element_strides, is_loopable
 from .group import Group
 from .track import PreparedStep
-
-COMPILE_FROM = 2**12
-"""Elements from which on a group is worth a compilation at once."""
-COMPILE_AFTER = 64
-"""Steps after which it is for smaller ones, where a loop gives the rule's own bits."""
 
 _GUARD_FAILURES = 16
 
@@ -104,7 +98,7 @@ class RunCache:
     Attributes:
         pool: the memory of its generations.
         steps: how many steps were taken.
-        regroup_at: the step from which on groups that were left out are considered again.
+        regroup_at: the step from which on what is held by no group for a while is considered again.
         guard_failures: how many steps in a row measures came out otherwise than loops were made for.
         refused: kinds of groups that no loop could be made for.
         prepared: how each group was stepped last, by its number; taken out while it is being stepped.
@@ -115,7 +109,7 @@ class RunCache:
     def __init__(self) -> None:
         self.pool = Pool()
         self.steps = 0
-        self.regroup_at = COMPILE_AFTER
+        self.regroup_at = 0
         self.guard_failures = 0
         self.refused: set[Any] = set()
         self.prepared: dict[int, PreparedStep] = {}
@@ -133,7 +127,7 @@ class GroupedState:
         where: for each slot (number of the group, number in it), or None.
         cache: shared by all states that follow from one another.
         lease: of counters; each column has one of its own.
-        pending: whether some groups may become worth a compilation later.
+        pending: whether what is left out is to be grouped again later.
         ungrouped: the slots that are in no group.
         idle: the slots that are frozen or have no rule.
         first: for each slot the leaf at its first place.
@@ -220,7 +214,7 @@ class GroupedState:
             return True
         for group_state in self.group_states:
             for column in group_state.columns:
-                if column.lease.ended or any(lease.ended for lease in column.older.values()):
+                if column.lease.ended or (column.older and any(lease.ended for lease in column.older.values())):
                     return True
         return any(heads[i].lease.ended for i in self.ungrouped)
 
@@ -246,14 +240,13 @@ def without_groups(entries: Sequence[Entry], cache: RunCache, slots_of: Sequence
 
 
 def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, slots_of: Sequence[Slot]) -> GroupedState:
-    """The states of entries by group, as far as loops can be made for them and are worth it.
+    """The states of entries by group, as far as loops can be made for them.
 
     ``xs`` are the parameters. Nothing is copied: columns refer to the arrays that are there.
     """
     where: list[tuple[int, int] | None] = [None] * len(entries)
     group_states: list[GroupState] = []
-    heads, mode = Heads(entries), build.switch()
-    pending = False
+    heads = Heads(entries)
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
         key = _key(entry, x)
@@ -263,13 +256,6 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
         rules = heads.rules.at(slots)
         paths = [slots_of[i].path or "(the array)" for i in slots]
         group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
-        small = group.device is None and int(group.sizes.sum()) < COMPILE_FROM
-        if mode == "auto" and build.compiler() is not None and small:
-            if cache.steps < cache.regroup_at:
-                pending = True
-                continue
-            if not group.is_exact():
-                continue
         leaves = [state_leaves(entries[i].state) for i in slots]
         columns = []
         for k in group.stored:
@@ -280,7 +266,7 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
             where[i] = len(group_states), member
         group_states.append(GroupState(group, columns, counters))
     lease = Lease.of(entries[i].lease for g in group_states for i in g.group.slots) if group_states else Lease()
-    return GroupedState(group_states, where, cache, lease, heads.idle, slots_of, pending=pending)
+    return GroupedState(group_states, where, cache, lease, heads.idle, slots_of, pending=False)
 
 
 def _key(entry: Entry, x: Any) -> Any:

@@ -32,20 +32,22 @@ class GroupStep:
         self.moved = True  # whether anything lies elsewhere than in the last step
         self.prepared: PreparedStep | None = None
         states = [column.addresses() for column in group_state.columns]
-        if not admitted or any(dx is None for dx in dxs):
+        if not admitted or type(None) in map(type, dxs):
             self.members = np.array([i for i, dx in enumerate(dxs) if dx is not None], np.int64)
             if not admitted:
                 self._one_dtype()
-            self._take([self._addresses(xs), self._addresses(dxs), *states])
+            addresses = [self._addresses(xs), self._addresses(dxs)]
+            _refuse_nowhere(all(found[self.members].all() for found in addresses))
+            self._take([*addresses, *states])
             return
         self.members = self.group.everyone
         x_places, dx_places = places(xs), places(dxs)
-        addresses = None
         if last is None or last.slots is not self.group.slots or last.dx_dtype != dxs[0].dtype:
             last = None
         elif x_places == last.x_places and dx_places == last.dx_places and all(map(is_, states, last.addresses[2:])):
             self.moved, addresses = False, last.addresses
-        if addresses is None:
+        if self.moved:
+            _refuse_nowhere(all(x_places) and all(dx_places))
             addresses = [np.array(x_places, np.uint64), np.array(dx_places, np.uint64), *states]
         self._take(addresses, [] if last is None else last.tracks)
         self.prepared = PreparedStep(self.group.slots, dxs[0].dtype, x_places, dx_places, addresses, self.tracks)
@@ -53,8 +55,6 @@ class GroupStep:
     def _take(self, addresses: list[Vector], tracks: Sequence[GroupTrack] = ()) -> None:
         """Take these addresses, and tracks: those that are given, if they still hold."""
         self.x_addresses, self.dx_addresses, *self.s_addresses = addresses
-        if self.moved and not (self.x_addresses[self.members].all() and self.dx_addresses[self.members].all()):
-            raise Untraceable("an array has no memory")  # a storage of which the memory was freed, a lazy zero
         counters = self.group_state.counters
         if tracks and all(track.renew(self.group, counters) for track in tracks):
             self.tracks = list(tracks)
@@ -131,7 +131,7 @@ class GroupStep:
             track.write(new_xs, columns)
             track.count(counters)
         if new_xs is None and group.library == "torch":
-            _bump_versions([self.xs[i] for track in self.tracks if track.program.steps for i in track.members])
+            _bump_versions([self.xs[i] for i in self._stepped()])
         return GroupState(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
@@ -147,10 +147,8 @@ class GroupStep:
             dtype = native_dtype(group.library, group.form[i].dtype)
             where = (group.layout(k), pool, dtype, (number, k), lease, group.device and group.device.device)
             column, common = before.taken_over(*where) if in_place else (Column.fresh(*where), set())
-            kept = np.ones(group.count, bool)
-            kept[np.concatenate(writers)] = False
             shared = {}
-            for member in map(int, np.flatnonzero(kept)):
+            for member in self._others(writers):
                 array = old.array(k, member)
                 if member in common:
                     continue
@@ -163,13 +161,26 @@ class GroupStep:
             columns.append(column)
         return columns
 
+    def _stepped(self) -> list[int]:
+        """The members whose parameters move."""
+        return [i for track in self.tracks if track.program.steps for i in track.members.tolist()]
+
+    def _others(self, writers: list[Vector]) -> list[int]:
+        """The members that are in none of these parts of the group."""
+        if sum(map(len, writers)) == self.group.count:
+            return []
+        kept = np.ones(self.group.count, bool)
+        kept[np.concatenate(writers)] = False
+        return np.flatnonzero(kept).tolist()
+
     def _fresh_parameters(self, pool: Pool, number: int) -> dict[int, Any]:
-        group = self.group
-        stepped = [i for t in self.tracks if t.program.steps for i in t.members.tolist()]
+        group, stepped = self.group, self._stepped()
         small = group.layout().shared
         empty_like: Any = np.empty_like if group.library == "numpy" else torch_if_loaded().empty_like  # type: ignore[union-attr]
         few = [i for i in stepped if small[i] or group.device is not None]
         new = dict(zip(few, map(empty_like, [self.xs[i] for i in few]), strict=True))
+        if len(few) == len(stepped):
+            return new
         turn: Counter[int] = Counter()
         for i in stepped:
             if i not in new:
@@ -179,6 +190,12 @@ class GroupStep:
                 new[i] = block.array(0, group.shapes[i], group.strides[i])
                 del hold
         return new
+
+
+def _refuse_nowhere(have_memory: bool) -> None:
+    """Untraceable where a storage has no memory: it was freed, or is a lazy zero."""
+    if not have_memory:
+        raise Untraceable("an array has no memory")
 
 
 def _copy_into(target: Any, source: Any) -> None:
@@ -191,5 +208,6 @@ def _copy_into(target: Any, source: Any) -> None:
 def _bump_versions(tensors: list[Any]) -> None:
     """Tell autograd that tensors were written, which a loop does behind its back."""
     torch: Any = torch_if_loaded()
-    tracked = [x for x in tensors if not x.is_inference()]
-    torch.autograd.graph.increment_version(tracked)
+    if any(map(torch.Tensor.is_inference, tensors)):
+        tensors = [x for x in tensors if not x.is_inference()]
+    torch.autograd.graph.increment_version(tensors)

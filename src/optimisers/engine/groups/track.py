@@ -15,7 +15,7 @@ from ...rules._norm import NormRule
 from ..graph.program import Boundary, Program, Transform
 from ..kernels.work import Table
 from ..memory.pool import Column
-from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype
+from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype, places
 from ..tracks.scheduler import Request, Track
 from .group import Columns, Group, Stack, holding, inner
 from .variant import Variant
@@ -39,6 +39,7 @@ class GroupTrack(Track):
         self._columns: Mapping[str, Any] | None = dict(Columns(matrix, self.program.columns)) if self.whole else None
         self._at: dict[int, Vector] = {}
         self._calls: dict[tuple[int, int, bool], tuple[Table, Any]] = {}
+        self.loops: Any = None
         self._begin()
 
     def _width(self) -> int:
@@ -51,7 +52,8 @@ class GroupTrack(Track):
 
     def _begin(self) -> None:
         self.rule = self.group.rules.of(int(self.members[0]))
-        self.loops = self._made()
+        if self.loops is None or not self.loops.compiled:
+            self.loops = self._made()
         self.passed = Counter()
         self._asked = 0
         self._pass = 0
@@ -62,7 +64,7 @@ class GroupTrack(Track):
 
     def _made(self) -> Any:
         """What runs the passes."""
-        return self.variant.loops()
+        return self.variant.loops(self.work.elements)
 
     def renew(self, group: Group, counters: Vector) -> bool:
         """Take the numbers of the next step, of the same parameters; False if another program is to be chosen for them."""
@@ -215,7 +217,8 @@ class GroupTrack(Track):
             if new_xs is None:
                 self._point(targets["x"], self._at[0])
             else:
-                self.pointers[self.members, targets["x"]] = addresses_of([new_xs[i] for i in self.members.tolist()])
+                chosen: Any = slice(None) if self.whole else self.members
+                self.pointers[chosen, targets["x"]] = places([new_xs[i] for i in self.members.tolist()])
                 self._at.pop(targets["x"], None)
         out_of_place = new_xs is not None
         if not self.program.trailing:

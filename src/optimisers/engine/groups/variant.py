@@ -7,8 +7,7 @@ from typing import Any
 
 from ...arrays import Untraceable
 from ..graph.program import Program
-from ..kernels.backend import Kernels, kernels_of
-from ..kernels.c import compiler as build
+from ..kernels.backend import Host, Kernels
 from ..kernels.cuda.devices import warn_once
 from ..kernels.cuda.kernels import Device, DeviceKernels
 from ..kernels.cuda.nvrtc import CompilationFailed
@@ -23,16 +22,13 @@ class Variant:
     def __init__(self, program: Program, device: Device | None = None, scalars: Sequence[str] = ()) -> None:
         self.program, self.device = program, device
         self._scalars = tuple(scalars)
-        self._made: dict[bool, Kernels] = {}
+        self._host = Host(program)
         self._on_device: DeviceKernels | Untraceable | None = None
         self.scripts: dict[frozenset[str], Any] = {}
 
-    def loops(self) -> Kernels:
-        """The loops, made when they are asked for first."""
-        compiled = build.switch() != "0"
-        if compiled not in self._made:
-            self._made[compiled] = kernels_of(self.program)
-        return self._made[compiled]
+    def loops(self, elements: int) -> Kernels:
+        """The loops for a step of so many elements on the host."""
+        return self._host.kernels(elements)
 
     def kernels(self) -> DeviceKernels:
         """The kernels on its device, made when they are asked for first; Untraceable, with one warning, if there are none."""

@@ -14,6 +14,11 @@ from .c.source import source
 from .numpy.blocks import Blocks
 from .work import Table
 
+COMPILE_FROM = 2**12
+"""Elements from which on a program is worth a compilation at once."""
+COMPILE_AFTER = 64
+"""Steps after which it is for fewer."""
+
 Vector = np.ndarray[Any, Any]
 
 
@@ -24,6 +29,9 @@ class Kernels(Protocol):
     or trees. It gives the results of the rule: the same bits where the order of operations is the same, else rounding. Only
     sums over whole arrays may be taken in another order, the same one every time.
     """
+
+    compiled: bool
+    """Whether nothing better can come later."""
 
     def prepare(
         self, index: int, work: Table, pointers: Vector, numbers: Vector, *, out_of_place: bool = False
@@ -42,7 +50,32 @@ class Kernels(Protocol):
         """
 
 
-def kernels_of(program: Program) -> Kernels:
-    """The kernels of a program for the host: compiled, or, if that is switched off or fails, passes run by NumPy."""
-    library = None if compiler.switch() == "0" else compiler.built(source(program))
-    return Blocks(program) if library is None else Loops(program, library)
+class Host:
+    """The kernels of a program for the host: compiled, or, if that is switched off or fails, passes run by NumPy.
+
+    A compiler takes some tenths of a second, which a few thousand elements are worth only in many steps. So where few are
+    stepped, and the program has not been compiled on this machine before, the first steps are run by NumPy, if that gives
+    the same bits: then it does not matter to a run when, or whether, it was compiled.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._made: dict[bool, Kernels] = {}
+        self._waited = 0
+
+    def kernels(self, elements: int) -> Kernels:
+        """The kernels for a step of so many elements, made when they are asked for first."""
+        compiled = self._compiles(elements)
+        if compiled not in self._made:
+            library = compiler.built(source(self._program)) if compiled else None
+            self._made[compiled] = Blocks(self._program) if library is None else Loops(self._program, library)
+        return self._made[compiled]
+
+    def _compiles(self, elements: int) -> bool:
+        mode = compiler.switch()
+        if mode != "auto" or True in self._made:
+            return mode != "0"
+        if elements >= COMPILE_FROM or not self._program.agreed or self._waited >= COMPILE_AFTER:
+            return True
+        self._waited += 1
+        return self._waited == 1 and compiler.is_kept(source(self._program))

@@ -24,7 +24,8 @@ def on_threads_of_torch(function: Any, entry: Any, given: int, elements: int) ->
     would have to share the cores with them, and products after it would wait for both. NumPy's products have other threads.
     """
     global _openmp  # noqa: PLW0603
-    count = min(threads(), elements // _TOGETHER)
+    count = elements // _TOGETHER
+    count = min(threads(), count) if count > 1 else 1
     if count <= 1:
         function(given)
         return
@@ -57,7 +58,8 @@ def threads() -> int:
 def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
     """Run a function that shares out its work, on as many threads as that is worth."""
     global _pool  # noqa: PLW0603
-    others = min(threads() - 1, elements // _ALONE)
+    others = elements // _ALONE
+    others = min(threads() - 1, others) if others else 0
     if others <= 0:
         function(*arguments)
         return

@@ -64,7 +64,7 @@ class Pool:
 class Block:
     """One piece of memory, from which arrays are made."""
 
-    __slots__ = ("_alone", "_count", "_start", "base", "storage")
+    __slots__ = ("_alone", "_count", "_places", "_start", "base", "storage")
 
     def __init__(self, size: int, dtype: Any, around: Any = None, device: Any = "cpu") -> None:
         self.base: Any
@@ -78,6 +78,7 @@ class Block:
             self.storage = self.base.untyped_storage()
             self._count = getattr(torch._C, "_storage_Use_Count", None)
         self._start = self.address()
+        self._places: tuple[Any, int, Vector] | None = None
         self._alone = self._holders() if around is None else _alone(isinstance(dtype, np.dtype))
 
     @staticmethod
@@ -112,6 +113,13 @@ class Block:
         if self.storage is None:
             return int(self.base.__array_interface__["data"][0])
         return int(self.base.data_ptr())
+
+    def places(self, layout: Layout) -> Vector:
+        """The addresses of the arrays of a layout of which this is the only block; one vector, until it is moved."""
+        start = self.address()
+        if self._places is None or self._places[0] is not layout or self._places[1] != start:
+            self._places = layout, start, np.uint64(start) + layout.offsets * np.uint64(self.base.itemsize)
+        return self._places[2]
 
     def array(self, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
         """An array in this memory: offset and strides in elements. A tensor is no view, so it has a version of its own."""
@@ -192,6 +200,8 @@ class Layout:
         device: Any = None,
     ) -> list[tuple[Block, Any]]:
         """Blocks for one generation, each with its hold; those of adopted arrays are their own memory."""
+        if len(self.owners) == 1 and not adopted:
+            return [pool.take(self.block_sizes[0], dtype, (*turn, 0), device)]
         seen: defaultdict[int, int] = defaultdict(int)
         blocks = []
         for size, owner in zip(self.block_sizes, self.owners, strict=True):
@@ -259,6 +269,8 @@ class Column:
         if self._blocks is None:
             return addresses_of([self._given[i] for i in range(len(self._given))])
         layout, blocks = self._blocks
+        if len(blocks) == 1 and not self._given:
+            return blocks[0][0].places(layout)
         places = [block.address() for block, _ in blocks]
         if self._known is not None and not self._given and self._known[0] == places:
             return self._known[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ class Checked(NamedTuple):
     """For each number of the measure a vector with an entry for each array, or for a single array a number."""
 
 
-def check(faults: list[str], measures: Iterable[Checked]) -> None:
+def check(faults: list[str], measures: Sequence[Checked]) -> None:
     """NonFiniteError if there are faults, or if a rule finds one in its measure. What cannot be read is not checked."""
+    if not faults and not measures:
+        return
     readable = [measure for measure in measures if all(map(can_read, measure.values))]
     read = iter(_numbers([value for measure in readable for value in measure.values]))
     found = list(faults)

@@ -86,18 +86,34 @@ def built(source: str) -> ctypes.CDLL | None:
     return None
 
 
+def is_kept(source: str) -> bool:
+    """Whether the library of a source is there, from an earlier process or another."""
+    command = compiler()
+    try:
+        return command is not None and any(cached().glob(f"{_key(command, source)}-*.so"))
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _flags() -> tuple[str, ...]:
+    arm = sys.platform == "darwin" and platform.machine() == "arm64"
+    return tuple(flag for flag in _FLAGS if not (flag == "-march=native" and arm))
+
+
+def _key(command: tuple[str, ...], source: str) -> str:
+    """What the library of a source depends on."""
+    return hashlib.sha256("\0".join((*command, _version(command), *_flags(), _machine(), source)).encode()).hexdigest()[:32]
+
+
 def _loaded(command: tuple[str, ...], source: str, directory: Path) -> ctypes.CDLL:
     """The library from this directory, after it was compiled if no intact one is there. Raises OSError."""
-    flags = tuple(
-        f for f in _FLAGS if not (f == "-march=native" and sys.platform == "darwin" and platform.machine() == "arm64")
-    )
-    key = hashlib.sha256("\0".join((*command, _version(command), *flags, _machine(), source)).encode()).hexdigest()[:32]
+    key = _key(command, source)
     for path in directory.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError):
             if path.name == _name(key, path):
                 return ctypes.CDLL(str(path))
             path.unlink()
-    return ctypes.CDLL(str(_compiled(command, flags, source, directory, key)))
+    return ctypes.CDLL(str(_compiled(command, source, directory, key)))
 
 
 def _name(key: str, library: Path) -> str:
@@ -109,14 +125,14 @@ def _name(key: str, library: Path) -> str:
     return f"{key}-{digest.hexdigest()[:32]}.so"
 
 
-def _compiled(command: tuple[str, ...], flags: tuple[str, ...], source: str, directory: Path, key: str) -> Path:
+def _compiled(command: tuple[str, ...], source: str, directory: Path, key: str) -> Path:
     global compilations  # noqa: PLW0603
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         file = Path(scratch) / "loop.c"
         file.write_text(source)
         made = Path(scratch) / "loop.so"
         subprocess.run(  # noqa: S603 (the user's own compiler)
-            [*command, *flags, str(file), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=120
+            [*command, *_flags(), str(file), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=120
         )
         compilations += 1
         # Whole or not at all, whoever else compiles the same now.

@@ -17,6 +17,8 @@ _MUCH = 2**21  # elements whose results would not stay in the caches
 class Loops:
     """The functions of a program."""
 
+    compiled = True
+
     def __init__(self, program: Program, library: ctypes.CDLL) -> None:
         self._functions = []
         self._sums = []

@@ -69,6 +69,8 @@ class _At:
 class Blocks:
     """The passes of a program, run by NumPy; in the place of compiled loops."""
 
+    compiled = False
+
     def __init__(self, program: Program) -> None:
         self.sheets = [Sheet(program, this) for this in all_passes(program)]
         self._program = program
