@@ -26,7 +26,7 @@ CHAIN = (opt.SignDecay(1e-4), opt.WeightDecay(1e-3), opt.AdamW(3e-3))
 
 @pytest.fixture(scope="module")
 def _prebuilt():
-    prebuild([text for _, text in texts(torch.float32, torch.bfloat16)])
+    prebuild([text for _, text in texts(torch.float32, torch.bfloat16, torch.float16)])
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def by_loops(monkeypatch):
 
 
 @VERBS
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("name", "row", "rule"), LAWFUL, ids=IDS)
 def test_kernels_give_the_bits_of_loops(name, row, rule, dtype, verb, shim, by_loops):
     model, grads = problem("torch", dtype)

@@ -23,6 +23,7 @@ from table import MeanScaled, SignedRoot, cases
 LARGE = 2**14 + 1003  # more than one piece, and no multiple of a vector's length
 DTYPES = (
     ("numpy", "float32"), ("numpy", "float64"), ("torch", "float32"), ("torch", "float64"), ("torch", "bfloat16"),
+    ("numpy", "float16"), ("torch", "float16"),
 )  # fmt: skip
 LOOPED = [case for case in cases() if case[1].law in {"elementwise", "measured"}]
 # Where the compiler runs for every rule of the table, it need not parse the headers of this processor's vectors.
@@ -70,7 +71,7 @@ def model_of(draw):
 
 
 def gradients(draw, step, *, finite):
-    other = {"float32": "float64", "float64": "float32", "bfloat16": "float32"}[draw.dtype]
+    other = {"float32": "float64", "float64": "float32"}.get(draw.dtype, "float32")
     grads = {
         "tied": [draw(3, 4), None if step == 2 else draw(2), None if step == 1 else draw(3, 4)],
         "frozen": draw(5),
@@ -80,7 +81,7 @@ def gradients(draw, step, *, finite):
         "channels": draw(2, 3, 4, 5) if step == 3 else transposed(draw(2, 3, 4, 5), 0, 2, 3, 1),
         "slice": draw(10),
         "strided": transposed(draw(4, 6), 1, 0) if step == 1 else draw(4, 12)[:, ::2],
-        "odd": draw(33, dtype={2: other, 3: "float16"}.get(step)),
+        "odd": draw(33, dtype={2: other, 3: "float32" if draw.dtype == "float16" else "float16"}.get(step)),
         "empty": draw(0, 3),
         "scalar": draw(),
         "one": draw(1),

@@ -24,7 +24,7 @@ def in_working_precision(rule: AbstractRule, state: State, x: Array, dx: Array) 
     wide = working_dtype(own)
     names = [dtype_name(leaf) for leaf in state_leaves(state) if type(leaf) not in _NUMBERS and hasattr(leaf, "dtype")]
     half = any(name in HALF for name in names)
-    if lacks_range(names):
+    if lacks_range(names) and kind(x) != "traced":  # what is traced is given its numbers from outside
         rule = usable_in_float16(rule)
     if own != wide:
         x = cast_to(x, wide)

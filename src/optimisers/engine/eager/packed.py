@@ -135,7 +135,7 @@ class Bucket(Group):
         low = lacks_range([part.dtype for part in form if part.form == "array"])
         self.rules = Rules.sharing([usable_in_float16(job.rule) if low else job.rule for job in jobs])
         self.paths = [job.path for job in jobs]
-        self.hyper = hyper_of(self.rules)
+        self.low, self.hyper = False, hyper_of(self.rules)
         self.template = jobs[0].state
         self.sizes = np.array([job.x.numel() for job in jobs], np.int64)
         self.count = len(jobs)

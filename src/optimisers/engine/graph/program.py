@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ...arrays import HOST, Tape, Traced, Tracer
 
-COMPILED = frozenset({"bfloat16", "float32", "float64"})
+COMPILED = frozenset({"float16", "bfloat16", "float32", "float64"})
 """The dtypes that loops are made for."""
 
 

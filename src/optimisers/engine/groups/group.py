@@ -12,6 +12,7 @@ import numpy as np
 from ...arrays import Untraceable, is_number
 from ...errors import CompileWarning, locating
 from ...rules._base import AbstractRule, walk
+from ...rules._precision import lacks_range, usable_in_float16
 from ...rules._states import state_leaves
 from ...tree.heads import Rules
 from ..graph.program import Place, Program, Schedule
@@ -69,6 +70,7 @@ class Group:
         paths: their names in errors.
         rules: their rules, of one structure.
         hyper: the numbers in the rules' fields, a row for each parameter.
+        low: whether moments are so narrow that ``epsilon`` is raised.
         template: a state of the rule, for its nesting.
         form: what its leaves are.
 
@@ -80,7 +82,8 @@ class Group:
         self.paths = paths
         self.structure, self.nesting, self.form, self.dtype, self.library, self.device = key
         self.rules = rules
-        self.hyper = hyper_of(rules)
+        self.low = lacks_range([part.dtype for part in self.form if part.form != "number"])
+        self.hyper = hyper_of(rules, low=self.low)
         # Without its arrays, which would be kept alive.
         self.template = filled(template, iter(leaf if is_number(leaf) else 0 for leaf in state_leaves(template)))
         self.shapes = [tuple(x.shape) for x in xs]
@@ -110,7 +113,7 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper, new._stacks = rules, hyper_of(rules), {}
+        new.rules, new.hyper, new._stacks = rules, hyper_of(rules, low=self.low), {}
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -208,7 +211,8 @@ class Group:
             key = (id(rule), count)
             if key not in known:
                 with locating(self.paths[member]):
-                    known[key] = numbers_of(inner(rule, schedule.where).at(int(count)))
+                    usable = usable_in_float16(rule) if self.low else rule
+                    known[key] = numbers_of(inner(usable, schedule.where).at(int(count)))
             row[schedule.start : schedule.end] = known[key]
 
     def partition(self, members: Vector, counters: Vector, dx_dtype: str) -> list[tuple[Variant, Vector, Vector]]:
@@ -275,9 +279,10 @@ def _warn_untraceable(rule: AbstractRule, reason: str) -> None:
         warnings.warn(msg, CompileWarning, stacklevel=2)
 
 
-def hyper_of(rules: Rules) -> Vector:
-    """The numbers in the fields of rules of one structure, a row for each array."""
-    rows = {k: numbers_of(rules.distinct[k]) for k in set(rules.kinds)}
+def hyper_of(rules: Rules, *, low: bool = False) -> Vector:
+    """The numbers in the fields of rules of one structure, a row for each array; with ``low`` as float16 moments take them."""
+    distinct = rules.distinct
+    rows = {k: numbers_of(usable_in_float16(distinct[k]) if low else distinct[k]) for k in set(rules.kinds)}
     if len(rows) == 1:
         (row,) = rows.values()
         return np.tile(np.array(row, np.float64), (len(rules.kinds), 1))

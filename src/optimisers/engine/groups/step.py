@@ -92,7 +92,7 @@ class GroupStep:
         first = self.x_addresses[chosen]
         yield first, first + group.bytes_of(np.uint64(self.xs[int(chosen[0])].itemsize))[chosen]
         for k, found in enumerate(self.s_addresses[: len(group.arrays)]):
-            size = {"bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
+            size = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[group.form[group.arrays[k]].dtype]
             first = found[chosen]
             yield first, first + group.bytes_of(np.uint64(size))[chosen]
 

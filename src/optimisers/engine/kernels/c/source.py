@@ -8,15 +8,46 @@ from typing import Any
 from ....arrays import HOST, Traced, Untraceable
 from ...graph.program import Pass, Program, all_passes
 
-C_TYPES = {"float32": "float", "float64": "double", HOST: "double", "int": "double", "bool": "int", "bfloat16": "uint16_t"}
+C_TYPES = {
+    "float32": "float", "float64": "double", HOST: "double", "int": "double", "bool": "int", "bfloat16": "uint16_t",
+    "float16": "uint16_t",
+}  # fmt: skip
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
     "and": "&", "or": "|",
 }  # fmt: skip
 _CALLS = {"abs": "fabs", "sqrt": "sqrt", "exp": "exp", "log": "log", "tanh": "tanh", "pow": "pow"}
+HALVES = """
+DEVICE float widened(uint16_t x) { return float_of_bits((uint32_t)x << 16); }
+
+/* To the nearest bfloat16, to even where two are as near; NaN stays NaN. */
+DEVICE uint16_t rounded(float x) {
+  const uint32_t bits = bits_of_float(x), near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (uint16_t)(x != x ? 0x7fc0u : near);
+}
+
+/* From float16. Below 2^-14 the difference of two normal numbers is what it holds: some multiple of 2^-24. */
+DEVICE float widened_half(uint16_t x) {
+  const uint32_t rest = x & 0x7fffu, sign = (uint32_t)(x & 0x8000u) << 16;
+  const uint32_t normal = (rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t small = bits_of_float(float_of_bits((rest << 13) + 0x38800000u) - float_of_bits(0x38800000u));
+  return float_of_bits((rest < 0x400u ? small : normal) | sign);
+}
+
+/* To the nearest float16, to even where two are as near; NaN stays NaN. Below 2^-14 a sum with 0.5 rounds. */
+DEVICE uint16_t rounded_half(float x) {
+  const uint32_t bits = bits_of_float(x), rest = bits & 0x7fffffffu;
+  const uint32_t normal = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
+  const uint32_t small = bits_of_float(float_of_bits(rest) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = rest < 0x38800000u ? small : rest < 0x47800000u ? normal : 0x7c00u;
+  return (uint16_t)((rest > 0x7f800000u ? 0x7e00u : finite) | ((bits >> 16) & 0x8000u));
+}
+"""
+"""Conversions between float32 and half precision, by integers alone: every compiler makes vectors of them."""
 START = {"sum": "0.0", "largest": "-INFINITY", "smallest": "INFINITY"}
 
-_HEADER = """\
+_HEADER = (
+    """\
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -31,19 +62,33 @@ typedef struct {
   double *sums;
 } work;
 
-static inline float widened(uint16_t x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
+#define DEVICE static inline
+
+DEVICE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
 }
 
-/* To the nearest bfloat16, to even where two are as near; NaN stays NaN. */
-static inline uint16_t rounded(float x) {
+DEVICE uint32_t bits_of_float(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (uint16_t)(x != x ? 0x7fc0u : near);
+  return bits;
+}
+"""
+    + HALVES
+    + """
+/* From float64 to float16 with one rounding, as NumPy does it. */
+DEVICE uint16_t rounded_half_once(double x) {
+  uint64_t bits, rounded;
+  memcpy(&bits, &x, 8);
+  const uint64_t rest = bits & 0x7fffffffffffffffu;
+  const double moved = fabs(x) + 0x1p28;
+  memcpy(&rounded, &moved, 8);
+  const uint64_t normal = (rest + 0x1ffffffffffu + ((rest >> 42) & 1u) - 0x3f00000000000000u) >> 42;
+  const uint64_t small = rounded - 0x41b0000000000000u;
+  const uint64_t finite = rest < 0x3f10000000000000u ? small : rest < 0x40f0000000000000u ? normal : 0x7c00u;
+  return (uint16_t)((rest > 0x7ff0000000000000u ? 0x7e00u : finite) | ((bits >> 48) & 0x8000u));
 }
 
 #if defined(__AVX512F__) || defined(__AVX__)
@@ -73,6 +118,7 @@ static inline void streamed(void) {
 #endif
 }
 """
+)
 
 # Units of work are handed out one by one, so that a thread that is held up does not hold up the others. A unit is a run of
 # pieces; a piece is (array, first element, how many).
@@ -247,16 +293,23 @@ def expression(node: Traced, args: list[str]) -> str:
         single = node.args[0].dtype == "float32"
         return f"fabs{'f' if single else ''}({args[0]}) <= {'FLT_MAX' if single else 'DBL_MAX'}"
     if op == "cast":
-        return _cast(node.args[0].dtype, dtype, args[0])
+        return _cast(node.args[0].dtype, dtype, args[0], once=node.tracer.library == "numpy")
     raise Untraceable(f"there is no C for {op}")
 
 
-def _cast(before: str, after: str, value: str) -> str:
-    if before == "bfloat16":
-        return f"widened({value})" if after == "float32" else f"(double)widened({value})"
-    if after == "bfloat16":
-        return f"rounded((float){value})"
-    return f"({C_TYPES[after]}){value}"
+_WIDENED = {"bfloat16": "widened", "float16": "widened_half"}
+_ROUNDED = {"bfloat16": "rounded", "float16": "rounded_half"}
+
+
+def _cast(before: str, after: str, value: str, *, once: bool) -> str:
+    """A conversion; with ``once`` float64 is rounded to float16 at once, and not by way of float32, as torch does it."""
+    if before in _WIDENED:
+        value = f"{_WIDENED[before]}({value})"
+    if after not in _ROUNDED:
+        return f"({C_TYPES[after]}){value}"
+    if after == "float16" and once and before not in {*_WIDENED, "float32"}:
+        return f"rounded_half_once({value})"
+    return f"{_ROUNDED[after]}((float){value})"
 
 
 def constant(value: Any) -> str:

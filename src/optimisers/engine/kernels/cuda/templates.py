@@ -1,5 +1,7 @@
 """The fixed text of kernels: what stands before all of them, and what stands around the statements of one."""
 
+from ..c.source import HALVES
+
 THREADS = 256
 """Threads of a block. A block takes one piece of an array, or adds up the partial sums of one array."""
 
@@ -45,14 +47,7 @@ struct work {
 /* Elements that one thread reads and writes at a time. */
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) lanes { T at[N]; };
 
-DEVICE float widened(uint16_t x) { return float_of_bits((uint32_t)x << 16); }
-
-/* To the nearest bfloat16, to even where two are as near; NaN stays NaN. */
-DEVICE uint16_t rounded(float x) {
-  uint32_t bits = bits_of_float(x);
-  uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (uint16_t)(x != x ? 0x7fc0u : near);
-}
+HALVES
 
 enum { SUM, LARGEST, SMALLEST };
 
@@ -73,7 +68,7 @@ DEVICE double over_block(int how, double mine, double *shared) {
   __syncthreads();
   return total;
 }
-""".replace("BY_VALUE", str(BY_VALUE))
+""".replace("BY_VALUE", str(BY_VALUE)).replace("HALVES", HALVES.strip())
 
 # A pass over the elements of arrays.
 OVER_ELEMENTS = """

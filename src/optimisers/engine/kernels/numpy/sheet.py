@@ -18,6 +18,7 @@ _DTYPES = {
     "host": np.float64,
     "int": np.float64,
     "bool": np.bool_,
+    "float16": np.float16,
     "bfloat16": np.uint16,
 }
 
@@ -41,6 +42,11 @@ def _widened(x: Any, out: Vector) -> None:
         np.left_shift(x, np.uint32(16), out=out.view(np.uint32))
     else:
         out[...] = np.left_shift(x, np.uint32(16)).view(np.float32)
+
+
+def _by_single(x: Any, out: Vector) -> None:
+    """From float64 to float16 by way of float32, as torch does it."""
+    np.copyto(out, x.astype(np.float32), casting="unsafe")
 
 
 def _rounded(x: Any, out: Vector) -> None:
@@ -158,8 +164,11 @@ class Sheet:
 
 def _function(node: Traced) -> Callable[..., Any]:
     if node.op == "cast":
-        if node.args[0].dtype == "bfloat16":
+        before = node.args[0].dtype
+        if before == "bfloat16":
             return _widened
+        if node.dtype == "float16" and before == "float64" and node.tracer.library == "torch":
+            return _by_single
         return _rounded if node.dtype == "bfloat16" else _cast
     if node.op not in _CALLS:
         raise Untraceable(f"NumPy has no loop for {node.op}")
