@@ -23,10 +23,10 @@ def switch(monkeypatch, loops_directory):
     from optimisers.engine.groups import states as held
 
     monkeypatch.setenv("OPTIMISERS_CACHE", str(loops_directory))
-    group_key = held._key
+    group_key = held.key_of
 
     def turn(value):
         monkeypatch.setenv("OPTIMISERS_COMPILE", "0" if value == "rules" else value)
-        monkeypatch.setattr(held, "_key", (lambda *_: None) if value == "rules" else group_key)
+        monkeypatch.setattr(held, "key_of", (lambda *_: None) if value == "rules" else group_key)
 
     return turn

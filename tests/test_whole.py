@@ -11,7 +11,7 @@ import optimisers as opt
 from golden_data import numpy_of
 from looped import Counter, held
 from matrices import assert_alike, drawn, trained
-from optimisers.engine.groups import group
+from optimisers.engine.groups import stacking
 from optimisers.rules._base import TransformingRule, Whole
 from optimisers.rules._states import state_leaves
 from optimisers.rules.matrices import muon
@@ -86,8 +86,8 @@ def transformed(monkeypatch):
 def test_alike_arrays_are_transformed_as_stacks_of_bounded_size(kind, switch, monkeypatch):
     switch("1")
     shapes = transformed(monkeypatch)
-    monkeypatch.setattr(group, "ALONE_FROM", 40)
-    monkeypatch.setattr(group, "CPU_STACK", 80)
+    monkeypatch.setattr(stacking, "ALONE_FROM", 40)
+    monkeypatch.setattr(stacking, "CPU_STACK", 80)
     rng = np.random.default_rng(0)
     model = {str(i): drawn((6, 4), kind, "float32", rng) for i in range(5)}
     model |= {f"larger {i}": drawn((6, 6), kind, "float32", rng) for i in range(3)}
@@ -113,7 +113,7 @@ def test_only_one_stack_is_in_memory_at_a_time(switch, monkeypatch):
         return found
 
     monkeypatch.setattr(muon, "matrix_step", watch)
-    monkeypatch.setattr(group, "ALONE_FROM", 1)
+    monkeypatch.setattr(stacking, "ALONE_FROM", 1)
     model = {str(i): torch.ones(6, 4) for i in range(4)}
     opt.update_(opt.setup(opt.OptimiserChain(opt.ClipGlobalNorm(1.0), opt.Muon()), model), model, model)
     assert len(alive) == 4

@@ -135,6 +135,10 @@ class CompileWarning(UserWarning):
     """Loops could not be compiled, so arrays are stepped without them: same results, slower."""
 
 
+class GatherWarning(UserWarning):
+    """Arrays that are cut over ranks are put together for a rule in every step: same results, slower."""
+
+
 class RoutingWarning(UserWarning):
     """A parameter has a rule that rarely suits it, as `optimisers.review` sees it."""
 

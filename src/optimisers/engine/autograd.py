@@ -10,6 +10,7 @@ from ..arrays import is_recording, kind, torch_if_loaded, torch_part
 from ..rules._base import AbstractRule, walk
 from ..rules._states import state_leaves
 from ..tree.entry import Entry
+from ..tree.sharding import is_sharded
 
 
 def is_ordinary() -> bool:
@@ -76,6 +77,9 @@ def mode(*, graph: bool) -> AbstractContextManager[Any]:
 def as_parameter(new: Any, old: Any) -> Any:
     """A new value as a leaf of old's class and ``requires_grad``; NumPy arrays as they are."""
     torch: Any = torch_if_loaded()
+    if is_sharded(old):
+        new = new.detach().requires_grad_(old.requires_grad)
+        return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
     if type(new) is torch.Tensor is type(old) and not (new.requires_grad or old.requires_grad):
         return new
     if not isinstance(new, torch.Tensor):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import Untraceable, kind, torch_if_loaded
+from ..errors import StructureError
 from ..rules._states import state_leaves
 from ..tree.entry import Entry, Lease
 from ..tree.heads import Heads
+from ..tree.paths import shown
+from ..tree.sharding import Sharding, local_state, sharded_state
 from ..tree.state import StateTree, rebuilt
 from . import aliasing, autograd
 from .groups.group import Group
-from .groups.states import GroupedState, GroupState, RunCache, group_entries, without_groups
+from .groups.states import GroupedState, GroupState, RunCache, group_entries, lies_well, without_groups
 from .groups.step import GroupStep
 from .groups.track import GuardFailed
 from .kernels.cuda.devices import refuse_capture
-from .memory.strides import element_strides, is_loopable
+from .memory.strides import element_strides, lie_alike
+from .tracks.gathered import Gathered
 from .tracks.scheduler import run
 from .tracks.single import Job, Outcome, Single, entry_after, jobs_of
 
@@ -72,7 +76,7 @@ def step_tree(given: Given) -> Stepped:
             stepped = _Step(given, planned, packs=packs).taken()
         except _NoKernels as refused:
             planned.cache.refused.add(refused.key)
-            planned = group_entries(tree._entries, xs, planned.cache, tree._slots)
+            planned = group_entries(local_entries(tree), xs, planned.cache, tree._slots)
         except GuardFailed:
             planned, packs = planned.dissolved() if planned.group_states else planned, False
         else:
@@ -81,9 +85,27 @@ def step_tree(given: Given) -> Stepped:
             return stepped
 
 
+def local_entries(tree: StateTree) -> Sequence[Entry]:
+    """The entries of a tree, with the parts on this rank in the place of DTensors."""
+    if not tree._plan.sharded:
+        return tree._entries
+    pairs = zip(tree._slots, tree._entries, strict=True)
+    return [e if slot.sharding is None else e.replace(state=local_state(e.state)) for slot, e in pairs]
+
+
+def _refuse_moved(group: Group, member: int) -> None:
+    """Raise StructureError for a part of an array that lies otherwise than at setup: other ranks do not know, and wait."""
+    if group.sharding(member) is not None:
+        msg = (
+            f"model at {shown(group.paths[member])}: the part of this DTensor on this rank lies otherwise in memory, or on "
+            "another device, than at setup. Set up a new state"
+        )
+        raise StructureError(msg)
+
+
 def _without_groups(given: Given, *, graph: bool) -> Stepped:
     """A step in which every array is stepped by its rule, as where a graph is wanted or tensors are not what they seem."""
-    none = without_groups(given.tree._entries, RunCache(), given.tree._slots)
+    none = without_groups(local_entries(given.tree), RunCache(), given.tree._slots)
     try:
         stepped = _Step(given, none, graph=graph, packs=not graph).taken()
     except GuardFailed:
@@ -94,9 +116,9 @@ def _without_groups(given: Given, *, graph: bool) -> Stepped:
 def _planned(tree: StateTree, grouped: GroupedState | None, xs: Sequence[Any]) -> GroupedState:
     """What the engine holds of the state, by group."""
     if grouped is None:
-        return group_entries(tree._entries, xs, RunCache(), tree._slots)
+        return group_entries(local_entries(tree), xs, RunCache(), tree._slots)
     if grouped.pending and grouped.cache.steps >= grouped.cache.regroup_at:
-        return group_entries(tree._entries, xs, grouped.cache, tree._slots)
+        return group_entries(local_entries(tree), xs, grouped.cache, tree._slots)
     return grouped
 
 
@@ -136,6 +158,7 @@ class _Step:
         packs: whether tensors that are in no group may be stepped packed.
         groups: the steps of groups, by their numbers.
         misfits: for each group the members that are stepped by their rules, since they are not laid out as their states are.
+        gathered: arrays cut over ranks that are put together for their rules, by slot.
         outcomes: what the rules gave, by slot.
         values: new values that are still to be placed, by slot.
         lease: of memory that is new or taken over.
@@ -146,6 +169,7 @@ class _Step:
         self.given, self.grouped, self.graph, self.packs = given, grouped, graph, packs
         self.groups: dict[int, GroupStep] = {}
         self.misfits: dict[int, list[int]] = {}
+        self.gathered: dict[int, Gathered] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.values: dict[int, Any] = {}
         self.lease = Lease()
@@ -159,7 +183,7 @@ class _Step:
             jobs = self._jobs()
             if self.given.in_place:
                 aliasing.resolve(self.grouped.cache, list(self.groups.values()), jobs.values())
-            with autograd.mode(graph=self.graph or not jobs):
+            with autograd.mode(graph=self.graph or not (jobs or self.gathered)):
                 self._run(jobs)
             group_states = [self._commit(number, group_state) for number, group_state in enumerate(self.grouped.group_states)]
         self.values.update({i: outcome.x for i, outcome in self.outcomes.items() if outcome.x is not None})
@@ -178,6 +202,7 @@ class _Step:
             misfits = [k for k, x in enumerate(xs) if dxs[k] is not None and self._is_misfit(x, group, k)]
             for k in misfits:
                 dxs[k] = None
+                _refuse_moved(group, k)
             if misfits:
                 self.misfits[number] = misfits
         if any(dx is not None for dx in dxs):
@@ -191,13 +216,29 @@ class _Step:
         """Whether a parameter does not lie where and as its state does, or cannot be written."""
         unwritable = self.given.in_place and isinstance(x, np.ndarray) and not x.flags.writeable
         elsewhere = group.place is not None and x.device != group.place
-        return unwritable or elsewhere or not is_loopable(x) or element_strides(x) != group.strides[member]
+        well = lies_well(x, group.sharding(member)) and lie_alike(x.shape, element_strides(x), group.strides[member])
+        return unwritable or elsewhere or not well
 
     def _jobs(self) -> dict[int, Job]:
         """What the rules themselves are to step."""
         members = (self.grouped.group_states[n].group.slots[k] for n, misfits in self.misfits.items() for k in misfits)
         slots = [*self.grouped.ungrouped, *members]
-        return jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, slots) if slots else {}
+        if not slots:
+            return {}
+        jobs = jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, slots)
+        for i, sharding in self._cut(jobs):
+            if jobs[i].rule.law == "elementwise":
+                jobs[i] = jobs[i]._replace(state=local_state(jobs[i].state))
+            else:
+                self.gathered[i] = Gathered(jobs.pop(i), sharding)
+        return jobs
+
+    def _cut(self, slots: Iterable[int]) -> list[tuple[int, Sharding]]:
+        """Those of some slots that are cut over ranks, and how."""
+        if not self.given.tree._plan.sharded:
+            return []
+        found = ((i, self.given.tree._slots[i].sharding) for i in slots)
+        return [(i, sharding) for i, sharding in found if sharding is not None]
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
@@ -212,7 +253,7 @@ class _Step:
             from .eager.packed import pack
 
             packed, jobs = pack(jobs, in_place=self.given.in_place)
-        singles = {i: Single(job) for i, job in jobs.items()}
+        singles: dict[int, Single] = {**self.gathered, **{i: Single(job) for i, job in jobs.items()}}
         run([*singles.values(), *packed, *(track for step in self.groups.values() for track in step.tracks)])
         self.outcomes.update({i: single.outcome() for i, single in singles.items()})
         if self.given.in_place:
@@ -255,7 +296,11 @@ class _Step:
         return rebuilt(tree, [self._after(i, self._entries[i]) if i in changed else e for i, e in enumerate(state._entries)])
 
     def _after(self, slot: int, entry: Entry) -> Entry:
-        return entry_after(entry, self.outcomes.get(slot), self.lease, consume=self.given.in_place)
+        outcome, sharding = self.outcomes.get(slot), self.given.tree._slots[slot].sharding
+        if sharding is None or outcome is None or slot in self.gathered:
+            return entry_after(entry, outcome, self.lease, consume=self.given.in_place)
+        new = entry_after(entry.replace(state=local_state(entry.state)), outcome, self.lease, consume=self.given.in_place)
+        return new.replace(state=sharded_state(new.state, sharding))
 
     def _put_misfits(self, group_states: list[GroupState]) -> set[int]:
         """Put the states of misfits into their groups. The slots of all if one has another form now, so that no group fits."""

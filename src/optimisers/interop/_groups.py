@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ..errors import HyperParameterError, SelectionError, TieError
 from ..rules._base import AbstractRule, walk
 from ..setup_api.route import Chooser, Route
 from ..tree.entry import Entry
-from ..tree.leaves import Place, Slot
+from ..tree.leaves import Place
 from ..tree.param import Param
 from ..tree.state import StateTree, rebuilt, reruled
 from ..tree.structure import ModuleStructure
@@ -131,10 +131,7 @@ def joined(first: StateTree | None, second: StateTree) -> StateTree:
     b: Any = second._structure
     paths = list(dict.fromkeys(a.paths + b.paths))  # a name that stands in both was not trained so far
     where = {path: i for i, path in enumerate(paths)}
-    slots = [
-        Slot(s.param, tuple(Place(where[b.paths[p.leaf]], p.permutation) for p in s.places), s.kind, s.dtype)
-        for s in second._slots
-    ]
+    slots = [replace(s, places=tuple(Place(where[b.paths[p.leaf]], p.permutation) for p in s.places)) for s in second._slots]
     structure = ModuleStructure(tuple(paths), a.aliases + b.aliases)
     return StateTree(structure, (*first._slots, *slots), (*first._entries, *second._entries))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class Rearrangement:
                 rows.append((slot, entry if moved is None else moved[1], number))
         for name, (slot, entry) in self.made.items():
             place = (Place(where[name], None),)
-            rows.append((Slot(slot.param, place, slot.kind, slot.dtype), entry, -1))
+            rows.append((replace(slot, places=place), entry, -1))
         rows.sort(key=lambda row: row[0].places[0].leaf)
         structure: Any = old_tree._structure
         tree = StateTree(ModuleStructure(paths, structure.aliases), tuple(r[0] for r in rows), [r[1] for r in rows])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..arrays import as_array, as_dtype_name, copied, detached, kind, plain, share_memory
+from ..engine.groups.parts import steps_parts
+from ..engine.groups.states import lies_well
 from ..engine.tracks.single import check_state
-from ..errors import ArgumentError, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
+from ..errors import ArgumentError, GatherWarning, HyperParameterError, ModelError, RuleError, described, locating, not_a_rule
 from ..rules import ClipGlobalNorm
 from ..rules._base import AbstractRule, walk
 from ..rules._fields import is_tensor
@@ -17,7 +21,9 @@ from ..tree.leaves import Slot, find, refuse_inference, refuse_unsteppable
 from ..tree.param import Param
 from ..tree.paths import shown
 from ..tree.sealed import Plan
+from ..tree.sharding import cut_state, local, sharded_state, whole
 from ..tree.state import StateTree
+from .agreement import check_agreement
 from .route import Chooser
 
 
@@ -73,6 +79,7 @@ def planned(
     if all(r is None for r, _ in chosen):
         msg = "setup: the rule of every array is None, so nothing would be trained"
         raise ModelError(msg)
+    check_agreement(found.slots, [own for own, _ in chosen])
     lease = Lease()
     shared: dict[AbstractRule, AbstractRule] = {}  # arrays with equal rules share one
     entries = []
@@ -131,6 +138,8 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
 
 def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
     """The state of a rule for an array."""
+    if slot.sharding is not None:
+        return _sharded_state(rule, slot, x, dtype)
     refuse_unsteppable(x, slot.path)
     refuse_inference(x, slot.path)
     start = detached(plain(x))  # moments start outside any graph; a learned field enters it when applied
@@ -140,6 +149,40 @@ def initial_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> 
     check_state(state, rule, slot.path or "(the array)")
     # A state must not change with the model, whose memory update_ re-uses.
     return map_state(lambda leaf: copied(leaf) if kind(leaf) and share_memory(leaf, x) else leaf, state)
+
+
+def _sharded_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) -> Any:
+    """The state for a DTensor: made for the part on this rank if the rule steps parts, else for the whole array and cut."""
+    sharding: Any = slot.sharding
+    alone = replace(slot, sharding=None)
+    if not lies_well(local(x), sharding):
+        msg = (
+            f"the part of the DTensor at {shown(slot.path)} on this rank has gaps in memory (shape {tuple(local(x).shape)}, "
+            f"strides {tuple(local(x).stride())}); make it of parts that are contiguous()"
+        )
+        raise ModelError(msg)
+    if steps_parts(rule, local(x), sharding, alone.path):
+        return sharded_state(initial_state(rule, alone, local(x), dtype), sharding)
+    if sharding.over:
+        _warn_gathered(rule, slot)
+    return cut_state(initial_state(rule, alone, whole(x), dtype), sharding)
+
+
+_warned: set[str] = set()
+
+
+def _warn_gathered(rule: AbstractRule, slot: Slot) -> None:
+    """One warning a kind of rule."""
+    name = type(rule.unresolved()).__name__
+    if name in _warned:
+        return
+    _warned.add(name)
+    msg = (
+        f"{name} needs whole arrays in a way that cannot be divided among ranks, so {shown(slot.path)}, which lies on "
+        f"{slot.sharding}, and others like it are put together on every rank in each step, one after another: results are "
+        "right, steps slower. What rules communicate is told in the docs, On several devices"
+    )
+    warnings.warn(msg, GatherWarning, stacklevel=2)
 
 
 def check_groups(rules: list[tuple[Slot, AbstractRule | None]]) -> None:

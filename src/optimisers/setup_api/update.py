@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..tree.entry import device_of
 from ..tree.gradients import given_gradients, gradient_of, refuse_untrained
 from ..tree.leaves import Slot, refuse_inference, refuse_unsteppable
 from ..tree.paths import shown
+from ..tree.sharding import Sharding, is_sharded, local, local_gradient, local_parameter, mapped
 from ..tree.state import StateTree, check_alive
 from ..tree.structure import is_module
 from ..tree.ties import refuse_cut, still_tied
@@ -57,7 +59,7 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
 
 
 def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
-    work = prepare(state, model, grads)
+    work = prepare(state, model, grads, graph=differentiable)
     with without_autocast():
         stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
     leaves = list(work.leaves)
@@ -102,7 +104,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         for i, new in stepped.values.items():
             written: list[Any] = []
             for place in state._slots[i].places:
-                x = leaves[place.leaf]
+                x = local(leaves[place.leaf])
                 if any(share_memory(x, other) for other in written):
                     continue
                 value = permuted(new, place.permutation)
@@ -118,7 +120,7 @@ class Work(NamedTuple):
 
     leaves: list[Any]
     xs: list[Any]
-    """For each slot the parameter."""
+    """For each slot the parameter, of a DTensor the part on this rank."""
     dxs: list[Any]
     """For each slot the gradient, None if it is not to be stepped."""
     admitted: list[bool]
@@ -127,7 +129,9 @@ class Work(NamedTuple):
     """What puts other leaves in their places."""
 
 
-def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = False, in_place: bool = False) -> Work:
+def prepare(
+    state: StateTree, model: Any, grads: Any, *, from_module: bool = False, in_place: bool = False, graph: bool = False
+) -> Work:
     """The parameters and gradients of all slots, checked; with ``in_place`` also whether parameters can be written."""
     if not isinstance(state, StateTree):
         hint = "; the order is update(state, model, grads)" if isinstance(model, StateTree) else ""
@@ -143,9 +147,13 @@ def prepare(state: StateTree, model: Any, grads: Any, *, from_module: bool = Fal
     refuse_untrained(state._plan, leaves, given)
     for i in state._plan.tied:
         _check_tie(slots[i], leaves, structure.paths)
+    parts = leaves
+    if state._plan.sharded:
+        parts = mapped(leaves, state._plan.sharded, partial(local_parameter, graph=graph))
+        given = mapped(given, state._plan.sharded, local_gradient)
     grouped = state._grouped
     first = grouped.first if isinstance(grouped, GroupedState) else [slot.places[0].leaf for slot in slots]
-    xs = [leaves[leaf] for leaf in first]
+    xs = [parts[leaf] for leaf in first]
     dxs = [given[leaf] for leaf in first]
     if not isinstance(grouped, GroupedState):
         _check(state, range(len(slots)), xs, dxs, given, in_place=in_place)
@@ -209,17 +217,21 @@ def checked_leaves(state: StateTree, model: Any) -> list[Any]:
     """The leaves of a model; StructureError unless they are those that setup saw, as far as their description goes."""
     leaves = state._structure.flatten(model)
     for slot in state._slots:
-        _check_parameter(slot, leaves[slot.places[0].leaf])
+        x = leaves[slot.places[0].leaf]
+        _check_parameter(slot, x if slot.sharding is None else local_parameter(x, slot.sharding, slot.path))
     return leaves
 
 
 def _check_parameter(slot: Slot, x: Any) -> None:
     """Raise StructureError unless x is the array that setup saw, as far as its description goes."""
-    if kind(x) == slot.kind and tuple(x.shape) == slot.param.shape and dtype_name(x) == slot.dtype:
+    shape = slot.param.shape if slot.sharding is None else slot.sharding.local_shape
+    if kind(x) == slot.kind and tuple(x.shape) == shape and dtype_name(x) == slot.dtype:
+        if slot.sharding is None:
+            local_parameter(x, None, slot.path)
         return
     got = f"a {kind(x)} array of shape {tuple(x.shape)} and dtype {dtype_name(x)}" if kind(x) else described(x)
     msg = (
-        f"model at {shown(slot.path)}: the state was set up for a {slot.kind} array of shape {slot.param.shape} and dtype "
+        f"model at {shown(slot.path)}: the state was set up for a {slot.kind} array of shape {shape} and dtype "
         f"{slot.dtype}, got {got}. Set up a new state for the changed model"
     )
     raise StructureError(msg)
@@ -244,7 +256,9 @@ def finisher(*, graph: bool) -> Callable[[Any, Any], Any]:
 
 
 def _as_array(new: Any, old: Any) -> Any:
-    """A new value in the old one's class, if that is one of NumPy's."""
+    """A new value in the old one's class, if that is one of NumPy's or a DTensor."""
+    if is_sharded(old) and not is_sharded(new):
+        return Sharding(old).of_parts(new)
     return new if type(old) is np.ndarray or kind(old) != "numpy" else old.__array_wrap__(new)
 
 

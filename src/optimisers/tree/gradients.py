@@ -13,6 +13,7 @@ from .destructure import permuted, unpermuted
 from .leaves import Slot, is_trainable
 from .paths import shown
 from .sealed import Plan
+from .sharding import is_sharded
 from .structure import ModuleStructure, Structure
 
 
@@ -122,6 +123,9 @@ def check_gradient(dx: Any, x: Any, path: str) -> None:
         raise GradientError(
             f"{at}: {expected}, got one with masked elements, which are no numbers; fill them, for example with 0"
         )
+    if is_sharded(dx) and not is_sharded(x):
+        remedy = "take its part or its whole, with to_local() or full_tensor(), or shard the model before setup"
+        raise GradientError(f"{at}: {expected}, got a DTensor, and the parameter is none; {remedy}")
     if found == "torch" and _wraps(dx) and not _wraps(x):
         raise GradientError(f"{at}: {expected}, got a {type(dx).__name__}, which only wraps tensors; take the tensor out of it")
     got = tuple(dx.shape)

@@ -13,6 +13,7 @@ from ..arrays import dtype_name, is_inexact, is_number, kind, plain, torch_if_lo
 from ..errors import ModelError
 from .param import Param
 from .paths import shown
+from .sharding import Sharding, refuse_permuted, sharding_of
 from .structure import ModuleStructure, Structure, is_module, named_parameters, structure_of
 from .ties import tied_groups
 
@@ -38,6 +39,8 @@ class Slot:
     kind: str
     """``"numpy"`` or ``"torch"``."""
     dtype: str
+    sharding: Sharding | None = None
+    """How a DTensor lies on the ranks of its mesh."""
 
     @property
     def path(self) -> str:
@@ -52,7 +55,7 @@ class Slot:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.param.path, self.param.shape, self.places, self.kind, self.dtype, self.param.tied_paths
+        return self.param.path, self.param.shape, self.places, self.kind, self.dtype, self.param.tied_paths, self.sharding
 
 
 class Found(NamedTuple):
@@ -100,7 +103,10 @@ def find(model: Any, trainable: Callable[[Param], bool] | None = None) -> Found:
         first = leaves[places[0].leaf]
         at = here[0]
         param = Param(at.path, at.keys, at.shape, at.dtype, at.owner, at.tied_paths)
-        slots.append(Slot(param, places, str(kind(first)), dtype_name(first)))
+        sharding = sharding_of(first, at.path)
+        if sharding is not None and any(place.permutation is not None for place in places):
+            refuse_permuted([paths[place.leaf] for place in places])
+        slots.append(Slot(param, places, str(kind(first)), dtype_name(first), sharding))
         params.append(here)
     if not slots:
         raise ModelError(_nothing_to_train(leaves, paths, narrowed=trainable is not None))

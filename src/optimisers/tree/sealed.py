@@ -26,10 +26,11 @@ class Plan:
         tied: the numbers of those that stand at several places.
         untrained: the numbers of the other leaves.
         left_out: those of them that ``trainable=`` has left out; all, where it is not known which.
+        sharded: (leaf, sharding, path) of every place at which a DTensor stands.
 
     """
 
-    __slots__ = ("left_out", "slots", "structure", "tied", "untrained")
+    __slots__ = ("left_out", "sharded", "slots", "structure", "tied", "untrained")
 
     def __init__(self, structure: Structure, slots: tuple[Slot, ...], left_out: frozenset[int] | None = None) -> None:
         self.structure, self.slots = structure, slots
@@ -37,6 +38,12 @@ class Plan:
         trained = {place.leaf for slot in slots for place in slot.places}
         self.untrained = tuple(i for i in range(len(structure.paths)) if i not in trained)
         self.left_out = frozenset(self.untrained) if left_out is None else left_out
+        self.sharded = [
+            (place.leaf, slot.sharding, structure.paths[place.leaf])
+            for slot in slots
+            if slot.sharding is not None
+            for place in slot.places
+        ]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, final
 
 import numpy as np
@@ -199,7 +200,7 @@ class StateTree:
         for slot, entry in zip(self._slots, self._entries, strict=True):
             places = tuple(Place(p.leaf - start, p.permutation) for p in slot.places if start <= p.leaf < end)
             if places:
-                slots.append(Slot(slot.param, places, slot.kind, slot.dtype))
+                slots.append(replace(slot, places=places))
                 entries.append(entry)
         return StateTree(TreeStructure(spec, structure.keys[start:end], structure.paths[start:end]), tuple(slots), entries)
 

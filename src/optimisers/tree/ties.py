@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays import dtype_name, kind
 from ..errors import TieError
 from .paths import shown
+from .sharding import local
 
 
 class Layout(NamedTuple):
@@ -36,6 +37,7 @@ class Layout(NamedTuple):
 
 def layout_of(x: Any) -> Layout | None:
     """The layout of an array, or None where arrays have no address (inside transforms, on the meta device)."""
+    x = local(x)
     shape = tuple(int(n) for n in x.shape)
     if kind(x) == "numpy":
         return Layout("numpy", x.__array_interface__["data"][0], shape, x.strides, x.itemsize, x.dtype.str)
@@ -63,7 +65,7 @@ def tied_groups(arrays: Sequence[Any], paths: Sequence[str]) -> list[list[tuple[
             group, permutation = by_id[id(x)]
             groups[group].append((i, permutation))
             continue
-        layout = layout_of(x) if 0 not in x.shape else None
+        layout = layout_of(x) if 0 not in local(x).shape else None
         group, permutation = len(groups), None
         if layout is not None:
             _refuse_self_overlap(layout, paths[i])

@@ -18,9 +18,9 @@ from ...arrays import FLOATS, Untraceable, dtype_name, evaluated, is_number
 from ...rules._precision import lacks_range, usable_in_float16
 from ...rules._states import state_leaves
 from ...tree.heads import Rules
-from ..graph.program import Boundary, Part
+from ..graph.program import Boundary, Part, inner
 from ..graph.trace import filled, nesting, structure_of_rule
-from ..groups.group import Group, hyper_of, inner
+from ..groups.group import Group, hyper_of
 from ..groups.track import GuardFailed, waits
 from ..groups.variant import Variant
 from ..memory.strides import is_dense
@@ -138,7 +138,7 @@ class Bucket(Group):
         self.low, self.hyper = False, hyper_of(self.rules)
         self.template = jobs[0].state
         self.sizes = np.array([job.x.numel() for job in jobs], np.int64)
-        self.count = len(jobs)
+        self.counts, self.count = self.sizes, len(jobs)
         self.arrays = [i for i, part in enumerate(form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(form) if part.form != "array"]
         self.scalars = []

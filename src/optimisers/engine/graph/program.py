@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...arrays import HOST, Tape, Traced, Tracer
+from ...rules._base import AbstractRule
 
 COMPILED = frozenset({"float16", "bfloat16", "float32", "float64"})
 """The dtypes that loops are made for."""
@@ -22,6 +23,14 @@ class Part(NamedTuple):
 
 Place = tuple[tuple[str, int | None], ...]
 """Where a rule stands inside a rule: fields, and indices where these are tuples."""
+
+
+def inner(rule: AbstractRule, where: Place) -> Any:
+    """The rule that stands at a place inside a rule."""
+    for name, index in where:
+        value = getattr(rule, name)
+        rule = value if index is None else value[index]
+    return rule
 
 
 class Boundary(NamedTuple):

@@ -5,18 +5,19 @@ No number is read from the device but what rules check or decide by.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from ...arrays import Tape
+from ..graph.program import Pass, inner
 from ..kernels.cuda.kernels import DeviceKernels, Launch, Memory
 from ..kernels.cuda.source import Kernel, measure_name
 from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector
+from ..shards.measures import Unfinished
 from ..tracks.checks import Checked
 from ..tracks.scheduler import Request
-from .group import inner
 from .track import GroupTrack
 
 
@@ -68,6 +69,8 @@ class DeviceTrack(GroupTrack):
 
     def _launch(self, kernel: Kernel, table: Table, *, pieces: bool, stack: int = -1, partial: int = 0) -> None:
         """Launch a kernel, with a block for each piece or for each array."""
+        if not len(table.pieces):  # no part of these arrays is here
+            return
         memory = self._here()
         launch = self._launches.get((kernel.name, stack))
         if launch is None:
@@ -79,7 +82,7 @@ class DeviceTrack(GroupTrack):
         self._launch(self.loops.source.passes[index], work, pieces=True, stack=stack)
         return []
 
-    def _sum(self, boundary: int) -> None:
+    def _sums(self, boundary: int) -> Generator[Unfinished, list[Vector], None]:
         source, memory = self.loops.source, self._here()
         for this in self.program.before[boundary]:
             if this.stores:
@@ -89,8 +92,19 @@ class DeviceTrack(GroupTrack):
             self._launch(source.passes[self._pass], self.work, pieces=True, partial=partial.data_ptr())
             self._launch(source.sums[self._pass], self.work, pieces=False, partial=partial.data_ptr())
             self._pass += 1
+            if self.group.shardings and this.reductions:
+                yield from self._over_ranks(this)
         if boundary in source.measures:
             self._launch(source.measures[boundary], self.work, pieces=False)
+
+    def _over_ranks(self, this: Pass) -> Generator[Unfinished, list[Vector], None]:
+        """Finish sums that are cut over ranks, which waits for the device."""
+        values, members = self._here().values, self.work.members.tolist()
+        columns = [self.loops.source.columns[node.value] for node in this.reductions]
+        sums = values[members][:, columns].cpu().numpy()
+        whole = yield self._unfinished(this, list(sums.T))
+        for column, vector in zip(columns, whole, strict=True):
+            values[self.members.tolist(), column] = values.new_tensor(vector)
 
     # --- measures ---
 

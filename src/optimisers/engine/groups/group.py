@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,20 +16,19 @@ from ...rules._base import AbstractRule, walk
 from ...rules._precision import lacks_range, usable_in_float16
 from ...rules._states import state_leaves
 from ...tree.heads import Rules
-from ..graph.program import Place, Program, Schedule
+from ...tree.sharding import Sharding
+from ..graph.program import Place, Program, Schedule, inner
 from ..graph.trace import filled, numbers_of, structure_of_rule, trace
 from ..kernels.c import compiler as build
 from ..kernels.work import Table, table
 from ..memory.guard import Guard
 from ..memory.pool import Layout
-from ..memory.strides import Vector, element_strides, is_row_major
-from ..tracks.stacks import CPU_STACK, DEVICE_STACK, in_stacks, likeness
+from ..memory.strides import Vector, element_strides
+from ..shards.exchange import Exchange
+from .stacking import Stack, stacked
 from .variant import Variant
 
 _VARIANTS = 16
-# Where nothing is copied for it, also large arrays are transformed by twos: products of two matrices at a time are a tenth
-# quicker than one after the other. From this size on they are not.
-ALONE_FROM = 2**20
 
 
 class Columns(Mapping[str, Any]):
@@ -47,17 +47,6 @@ class Columns(Mapping[str, Any]):
         return len(self._columns)
 
 
-class Stack(NamedTuple):
-    """Parameters that are transformed together, or one of them alone: how they lie one after another, and the work."""
-
-    members: list[int]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offsets: Vector
-    """Where each begins, in elements."""
-    work: Table
-
-
 _variants: defaultdict[Any, list[Variant]] = defaultdict(list)
 _refused: dict[Any, str] = {}
 
@@ -73,10 +62,23 @@ class Group:
         low: whether moments are so narrow that ``epsilon`` is raised.
         template: a state of the rule, for its nesting.
         form: what its leaves are.
+        sizes: of the arrays, in elements; where they are cut over ranks, of the parts here.
+        has_empty: whether one of them is empty, as the part of an array that is cut over ranks may be.
+        counts: of whole arrays.
+        shardings: how each array lies on several ranks, None for one that is here as a whole; empty if all are.
 
     """
 
-    def __init__(self, key: Any, slots: list[int], paths: list[str], rules: Rules, xs: list[Any], template: Any) -> None:
+    def __init__(
+        self,
+        key: Any,
+        slots: list[int],
+        paths: list[str],
+        rules: Rules,
+        xs: list[Any],
+        template: Any,
+        shardings: Sequence[Sharding | None] = (),
+    ) -> None:
         self.key = key
         self.slots = slots
         self.paths = paths
@@ -92,7 +94,13 @@ class Group:
         self.native_dtype = xs[0].dtype
         self.place = xs[0].device if self.library == "torch" else None
         self.sizes = np.array([x.size if isinstance(x, np.ndarray) else x.numel() for x in xs], np.int64)
+        self.has_empty = not self.sizes.all()
         self._unsigned = self.sizes.astype(np.uint64)
+        self.shardings = list(shardings) if any(s is not None for s in shardings) else []
+        self.counts = self.sizes.copy()
+        for member, sharding in enumerate(self.shardings):
+            if sharding is not None:
+                self.counts[member] = math.prod(sharding.shape)
         self.count = len(slots)
         self.arrays = [i for i, part in enumerate(self.form) if part.form == "array"]
         self.numbers = [i for i, part in enumerate(self.form) if part.form != "array"]
@@ -103,6 +111,11 @@ class Group:
         self.everyone = np.arange(self.count)
         self._layout: Layout | None = None
         self._stacks: dict[Place, list[Stack]] = {}
+        self.exchanges: dict[Sharding, Exchange] = {}
+
+    def sharding(self, member: int) -> Sharding | None:
+        """How an array lies on several ranks."""
+        return self.shardings[member] if self.shardings else None
 
     def with_rules(self, rules: Rules) -> Group | None:
         """The group with other numbers in its rules; None if they are of another kind now."""
@@ -134,32 +147,10 @@ class Group:
         RuleError if a rule cannot transform its parameter.
         """
         if len(members) != self.count:
-            return self._stacked(members, where)
+            return stacked(self, members, where)
         if where not in self._stacks:
-            self._stacks[where] = self._stacked(members, where)
+            self._stacks[where] = stacked(self, members, where)
         return self._stacks[where]
-
-    def _stacked(self, members: Vector, where: Place) -> list[Stack]:
-        found: dict[Any, list[int]] = {}
-        alone: list[list[int]] = []
-        for i in members.tolist():
-            if (self.device is not None or self.sizes[i] < ALONE_FROM) and is_row_major(self.shapes[i], self.strides[i]):
-                found.setdefault((likeness(inner(self.rules.of(i), where)), self.shapes[i]), []).append(i)
-            else:
-                alone.append([i])
-        for like in found.values():
-            limit, least = (CPU_STACK, 2) if self.device is None else (DEVICE_STACK, 1)
-            alone += in_stacks(like, int(self.sizes[like[0]]), limit, least)
-        stacks = []
-        for chosen in alone:
-            with locating(self.paths[chosen[0]]):
-                inner(self.rules.of(chosen[0]), where).check(self.shapes[chosen[0]])
-            size, shape, strides = int(self.sizes[chosen[0]]), self.shapes[chosen[0]], self.strides[chosen[0]]
-            if len(chosen) > 1:
-                shape, strides = (len(chosen), *shape), (size, *strides)
-            work = table(np.array(chosen, np.int64), self.sizes)
-            stacks.append(Stack(chosen, shape, strides, np.arange(len(chosen), dtype=np.uint64) * np.uint64(size), work))
-        return stacks
 
     def bytes_of(self, size: Any) -> Vector:
         """The bytes of each array, if an element takes so many."""
@@ -190,7 +181,7 @@ class Group:
         Schedules are asked for the given members only.
         """
         matrix = np.zeros((self.count, len(program.columns)))
-        matrix[:, program.columns["count"]] = self.sizes
+        matrix[:, program.columns["count"]] = self.counts
         self.fill(matrix, program, counters, members, hyper=True)
         return matrix
 
@@ -247,7 +238,7 @@ class Group:
         try:
             sample = {f"h{k}": v for k, v in enumerate(self.hyper[member])}
             sample |= {f"c{i}": counters[member, k] for k, i in enumerate(self.numbers)}
-            sample["count"] = float(self.sizes[member])
+            sample["count"] = float(self.counts[member])
             _refuse_more(_variants[key])
             program = trace(rule, self.template, self.form, (self.dtype, dx_dtype), self.library, sample)
         except Untraceable as reason:
@@ -287,14 +278,6 @@ def hyper_of(rules: Rules, *, low: bool = False) -> Vector:
         (row,) = rows.values()
         return np.tile(np.array(row, np.float64), (len(rules.kinds), 1))
     return np.array([rows[k] for k in rules.kinds], np.float64).reshape(len(rules.kinds), -1)
-
-
-def inner(rule: AbstractRule, where: Sequence[tuple[str, int | None]]) -> Any:
-    """The rule that stands at a place inside a rule."""
-    for name, index in where:
-        value = getattr(rule, name)
-        rule = value if index is None else value[index]
-    return rule
 
 
 def holding(program: Program, matrix: Vector, members: Vector) -> Vector | None:

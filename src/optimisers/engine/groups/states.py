@@ -18,11 +18,12 @@ from ...rules.wrappers.scheduled import Scheduled
 from ...tree.entry import Entry, Lease
 from ...tree.heads import Heads
 from ...tree.leaves import Slot
+from ...tree.sharding import Sharding, sharded_state
 from ..graph.program import COMPILED
 from ..graph.trace import filled, form_of, nesting, structure_of_rule
 from ..kernels.cuda.devices import device_of
 from ..memory.pool import Column, Pool
-from ..memory.strides import Vector, element_strides, is_loopable
+from ..memory.strides import Vector, element_strides, is_loopable, lie_alike
 from .group import Group
 from .track import PreparedStep
 
@@ -74,7 +75,9 @@ class GroupState:
             except Untraceable:
                 return False
             leaves = state_leaves(state)
-            if any(not is_loopable(leaves[i]) or element_strides(leaves[i]) != group.strides[member] for i in group.arrays):
+            shape, strides = group.shapes[member], group.strides[member]
+            kept = [leaves[i] for i in group.arrays]
+            if not all(is_loopable(leaf) and lie_alike(shape, element_strides(leaf), strides) for leaf in kept):
                 return False
         for k, i in enumerate(group.stored):
             arrays = {member: state_leaves(state)[i] for member, state in states.items()}
@@ -197,7 +200,8 @@ class GroupedState:
             return head
         group_state = self.group_states[place[0]]
         leases = [self.lease, *(column.lease_of(place[1]) for column in group_state.columns)]
-        return head.replace(state=group_state.state(place[1]), lease=Lease.of(leases))
+        state, sharding = group_state.state(place[1]), self._slots[slot].sharding
+        return head.replace(state=state if sharding is None else sharded_state(state, sharding), lease=Lease.of(leases))
 
     def leases(self) -> set[Lease]:
         """All leases of the memory that is held by group."""
@@ -249,13 +253,14 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
     heads = Heads(entries)
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for i, (entry, x) in enumerate(zip(entries, xs, strict=True)):
-        key = _key(entry, x)
+        key = key_of(entry, x, slots_of[i].sharding)
         if key is not None and key not in cache.refused:
             found[key].append(i)
     for key, slots in found.items():
         rules = heads.rules.at(slots)
         paths = [slots_of[i].path or "(the array)" for i in slots]
-        group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state)
+        shardings = [slots_of[i].sharding for i in slots]
+        group = Group(key, slots, paths, rules, [xs[i] for i in slots], entries[slots[0]].state, shardings)
         leaves = [state_leaves(entries[i].state) for i in slots]
         columns = []
         for k in group.stored:
@@ -269,10 +274,15 @@ def group_entries(entries: Sequence[Entry], xs: Sequence[Any], cache: RunCache, 
     return GroupedState(group_states, where, cache, lease, heads.idle, slots_of, pending=False)
 
 
-def _key(entry: Entry, x: Any) -> Any:
+def lies_well(x: Any, sharding: Sharding | None) -> bool:
+    """Whether loops can run over an array, or over a part of one, which may be empty."""
+    return is_loopable(x) or (sharding is not None and 0 in x.shape)
+
+
+def key_of(entry: Entry, x: Any, sharding: Sharding | None = None) -> Any:
     """What parameters of one group have in common; None for one that no loop can step."""
     rule = entry.rule
-    if rule is None or not _has_law(rule) or not is_loopable(x):
+    if rule is None or not has_law(rule) or not lies_well(x, sharding):
         return None
     dtype = dtype_name(x)
     if dtype not in COMPILED:
@@ -285,7 +295,8 @@ def _key(entry: Entry, x: Any) -> Any:
         if rule.law != "elementwise" and x.ndim == 0:
             return None
         for leaf, part in zip(state_leaves(entry.state), form, strict=True):
-            if part.form == "array" and not (is_loopable(leaf) and kind(leaf) == kind(x) and element_strides(leaf) == strides):
+            well = part.form != "array" or (lies_well(leaf, sharding) and kind(leaf) == kind(x))
+            if not well or (part.form == "array" and not lie_alike(x.shape, element_strides(leaf), strides)):
                 return None
             if part.form == "array" and kind(x) == "torch" and leaf.device != x.device:
                 return None
@@ -298,7 +309,7 @@ def _key(entry: Entry, x: Any) -> Any:
         return None
 
 
-def _has_law(rule: AbstractRule) -> bool:
+def has_law(rule: AbstractRule) -> bool:
     """Whether a rule is made of rules with laws, so that it may become loops. Laws of several kinds together are none."""
     made_of_rules = isinstance(rule, (OptimiserChain, Scheduled)) or (isinstance(rule, Wrapper) and rule.transparent)
-    return rule.law != "none" or (made_of_rules and all(_has_law(inner) for _, _, inner in children(rule)))
+    return rule.law != "none" or (made_of_rules and all(has_law(inner) for _, _, inner in children(rule)))

@@ -13,7 +13,7 @@ from ...arrays import Untraceable, cast_to, dtype_name, torch_if_loaded, working
 from ...tree.entry import Lease
 from ..graph.program import COMPILED
 from ..memory.pool import SMALL, Column, Pool
-from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, native_dtype, places
+from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, lie_alike, native_dtype, places
 from .device_track import DeviceTrack
 from .states import GroupState
 from .track import GroupTrack, PreparedStep
@@ -37,7 +37,8 @@ class GroupStep:
             if not admitted:
                 self._one_dtype()
             addresses = [self._addresses(xs), self._addresses(dxs)]
-            _refuse_nowhere(all(found[self.members].all() for found in addresses))
+            filled = self.members[self.group.sizes[self.members] > 0] if self.group.has_empty else self.members
+            _refuse_nowhere(all(found[filled].all() for found in addresses))
             self._take([*addresses, *states])
             return
         self.members = self.group.everyone
@@ -47,8 +48,11 @@ class GroupStep:
         elif x_places == last.x_places and dx_places == last.dx_places and all(map(is_, states, last.addresses[2:])):
             self.moved, addresses = False, last.addresses
         if self.moved:
-            _refuse_nowhere(all(x_places) and all(dx_places))
+            _refuse_nowhere(self.group.has_empty or (all(x_places) and all(dx_places)))
             addresses = [np.array(x_places, np.uint64), np.array(dx_places, np.uint64), *states]
+            if self.group.has_empty:
+                filled = self.group.sizes > 0
+                _refuse_nowhere(bool(addresses[0][filled].all() and addresses[1][filled].all()))
         self._take(addresses, [] if last is None else last.tracks)
         self.prepared = PreparedStep(self.group.slots, dxs[0].dtype, x_places, dx_places, addresses, self.tracks)
 
@@ -74,7 +78,7 @@ class GroupStep:
         wide = working_dtype(group.dtype)
         for i in self.members:
             dx = cast_to(self.dxs[i], wide) if mixed else self.dxs[i]
-            if not is_loopable(dx) or element_strides(dx) != group.strides[i]:
+            if not is_loopable(dx) or not lie_alike(dx.shape, element_strides(dx), group.strides[i]):
                 dx = laid_out_as(self.xs[i], dx)
             self.dxs[i] = dx
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,14 @@ from ...arrays import Tape, Traced, dtype_name, torch_if_loaded
 from ...errors import RuleError, locating
 from ...rules._base import MeasuredRule
 from ...rules._norm import NormRule
-from ..graph.program import Boundary, Program, Transform
+from ..graph.program import Boundary, Pass, Program, Transform, inner
 from ..kernels.work import Table
 from ..memory.pool import Column
-from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, native_dtype, places
+from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, lie_alike, native_dtype, places
+from ..shards.measures import NEUTRAL, Unfinished
 from ..tracks.scheduler import Request, Track
-from .group import Columns, Group, Stack, holding, inner
+from .group import Columns, Group, holding
+from .stacking import Stack
 from .variant import Variant
 
 
@@ -61,6 +63,7 @@ class GroupTrack(Track):
         self._stacks: list[Stack] = []
         self._transformed: list[Any] = []  # what others are still to read
         self._checked: list[tuple[Boundary, list[Any]]] = []
+        self._course: Generator[Request | Unfinished, Any, None] = self._advancing()
 
     def _made(self) -> Any:
         """What runs the passes."""
@@ -96,16 +99,17 @@ class GroupTrack(Track):
             self._calls[index, stack, out_of_place] = work, call
         return call()  # type: ignore[misc, no-any-return]
 
-    def advance(self, answer: Any) -> Request | None:
+    def advance(self, answer: Any) -> Request | Unfinished | None:
+        try:
+            return self._course.send(answer)
+        except StopIteration:
+            return None
+
+    def _advancing(self) -> Generator[Request | Unfinished, Any, None]:
         program = self.program
-        if answer is not None:
-            boundary = program.boundaries[self._asked - 1]
-            self._take(boundary.names or (), answer)
-            self._check_guards()
-        while self._asked < len(program.boundaries):
-            boundary = program.boundaries[self._asked]
-            self._sum(self._asked)
-            self._asked += 1
+        for number, boundary in enumerate(program.boundaries):
+            yield from self._sums(number)
+            self._asked = number + 1
             if isinstance(boundary, Transform):
                 self._stacks = self.group.stacks(self.members, boundary.where)
                 if not (program.trailing and self._asked == len(program.boundaries)):
@@ -113,13 +117,14 @@ class GroupTrack(Track):
                 continue
             rule: Any = inner(self.rule, boundary.where)
             if rule.checks or boundary.names is not None:
-                values = self._measured(self._asked - 1)
+                values = self._measured(number)
                 if rule.checks:
                     self._checked.append((boundary, values))
                 if boundary.names is not None:
-                    return self._request(rule, values)
-        self._sum(self._asked)
-        return None
+                    answer = yield self._request(rule, values)
+                    self._take(boundary.names, answer)
+                    self._check_guards()
+        yield from self._sums(len(program.boundaries))
 
     def _take(self, names: Sequence[str], answer: Sequence[Any]) -> None:
         """Take combined measures."""
@@ -133,7 +138,7 @@ class GroupTrack(Track):
     def _request(self, rule: Any, values: list[Any]) -> Request:
         return Request(rule, list(zip(*values, strict=True)))
 
-    def _sum(self, boundary: int) -> None:
+    def _sums(self, boundary: int) -> Generator[Unfinished, list[Vector], None]:
         """Run the passes that a measure needs."""
         for this in self.program.before[boundary]:
             if this.stores:  # run for a stack at a time
@@ -141,8 +146,19 @@ class GroupTrack(Track):
                 continue
             sums = self._call(self._pass, self.work)
             self._pass += 1
+            if self.group.shardings and this.reductions:
+                sums = yield self._unfinished(this, sums)
             for node, values in zip(this.reductions, sums, strict=True):
                 self.matrix[self.members, self.program.columns[node.value]] = values
+
+    def _unfinished(self, this: Pass, sums: list[Vector]) -> Unfinished:
+        """Sums over the parts of arrays; those that have no element here were left out of the work."""
+        ops = [node.op for node in this.reductions]
+        present = self.group.sizes[self.members] > 0
+        values = [np.full(len(self.members), NEUTRAL[op]) for op in ops]
+        for vector, found in zip(values, sums, strict=True):
+            vector[present] = found
+        return Unfinished(values, ops, [self.group.shardings[int(i)] for i in self.members])
 
     def _transform(self, boundary: Transform, stack: Stack, number: int) -> Any:
         """Transform some of the arrays. What comes is read at its address, so it is to be kept until then."""
@@ -155,12 +171,15 @@ class GroupTrack(Track):
         rule: Any = inner(group.rules.of(stack.members[0]), boundary.where)
         more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
         with locating(group.paths[stack.members[0]] + more):
-            found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
+            if stack.exchange is not None:
+                found = stack.exchange.transformed(given, stack.owners, rule.stacked().transform)
+            else:
+                found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
             if tuple(found.shape) != stack.shape or found.dtype != dtype:
                 got = f"shape {tuple(found.shape)} and dtype {dtype_name(found)}"
                 msg = f"{rule!r} made {got} of an array of shape {stack.shape} and dtype {dtype_name(given)}"
                 raise RuleError(msg)
-        if element_strides(found) != stack.strides:
+        if not lie_alike(stack.shape, element_strides(found), stack.strides):
             found = laid_out_as(given, found)
         self.pointers[stack.members, self.program.arrays.index(boundary.source)] = addresses_of([found]) + stack.offsets * size
         return found

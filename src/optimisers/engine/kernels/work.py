@@ -34,15 +34,17 @@ def address(array: Any) -> int:
 
 
 def table(members: Ints, sizes: Ints) -> Table:
-    """The work over the given arrays; ``sizes`` are those of all arrays of the group, none of them empty."""
+    """The work over the given arrays but empty ones; ``sizes`` are those of all arrays of the group."""
+    members = members[sizes[members] > 0]
     size = sizes[members]
     counts = -(-size // _PIECE)
     leaf = np.repeat(members, counts)
     ends = np.cumsum(counts)
-    index = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+    index = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
     start = index * _PIECE
     n = np.minimum(np.repeat(size, counts) - start, _PIECE)
     unit = np.cumsum(n + _OVERHEAD) // _UNIT
-    first = np.concatenate([[0], np.flatnonzero(np.diff(unit)) + 1, [len(n)]]).astype(np.int64)
+    ends_of_units = [*(np.flatnonzero(np.diff(unit)) + 1), len(n)] if len(n) else []
+    first = np.array([0, *ends_of_units], np.int64)
     pieces = np.ascontiguousarray(np.stack([leaf, start, n], axis=1), dtype=np.int64)
     return Table(members, pieces, first, ends - counts, int(size.sum()), (address(first), address(pieces)))

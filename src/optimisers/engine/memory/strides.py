@@ -63,6 +63,11 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return 0 not in shape
 
 
+def lie_alike(shape: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether arrays of one shape with these strides have their elements in the same places."""
+    return all(n <= 1 or a == b for n, a, b in zip(shape, strides, others, strict=True))
+
+
 def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the elements of a dense array lie in the order of the last axis first."""
     expected = 1

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ...arrays import kind
 from ...errors import RuleError
 from ...rules._base import AbstractRule, MeasuringRule, Together, walk
+from ..shards.measures import Unfinished, finished
 from .checks import Checked, check
 from .stacks import answers
 
@@ -31,8 +32,11 @@ class Track(ABC):
     passed: Counter[str]
 
     @abstractmethod
-    def advance(self, answer: Any) -> Request | Together | None:
-        """Go on, with the answer to what was asked for last: a combined measure, or a (new state, step). None at the end."""
+    def advance(self, answer: Any) -> Request | Together | Unfinished | None:
+        """Go on, with the answer to what was asked for last: a combined measure, a (new state, step), or sums of whole arrays.
+
+        None at the end.
+        """
 
     @abstractmethod
     def paths(self) -> list[str]:
@@ -55,17 +59,25 @@ def run(tracks: Sequence[Track]) -> None:
     """Take all tracks to their end, side by side; NonFiniteError if a check finds a fault. Nothing is written."""
     waiting: dict[int, Request] = {}
     stackable: dict[int, Together] = {}
+    unfinished: dict[int, Unfinished] = {}
 
     def advance(i: int, answer: Any) -> None:
         request = tracks[i].advance(answer)
-        if isinstance(request, Together):
+        if isinstance(request, Unfinished):
+            unfinished[i] = request
+        elif isinstance(request, Together):
             stackable[i] = request
         elif request is not None:
             waiting[i] = request
 
     for i in range(len(tracks)):
         advance(i, None)
-    while waiting or stackable:
+    while waiting or stackable or unfinished:
+        if unfinished:
+            cut, unfinished = unfinished, {}
+            for i, sums in zip(cut, finished(list(cut.values())), strict=True):
+                advance(i, sums)
+            continue
         if stackable:
             asked, stackable = stackable, {}
             found = answers(list(asked.values()), [tracks[i].paths()[0] for i in asked])

@@ -60,6 +60,12 @@ class MatrixRule(CompositeRule):
         return self.step(state, x, dx)
         yield  # makes this a generator
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise RuleError unless a matrix of this shape can be stepped: asked at setup of the whole array.
+
+        ``start`` may be given a part of one, where arrays are cut over ranks.
+        """
+
     @property
     def law(self) -> Law:
         if self._matrix is None:
@@ -67,7 +73,10 @@ class MatrixRule(CompositeRule):
         return "stackable" if self._matrix else self.opt.law
 
     def resolved(self, x: Array, path: str) -> Self:
-        return self.replace(_matrix=self._is_matrix(x), opt=None if self.opt is None else self.opt.resolved(x, path))
+        matrix = self._is_matrix(x)
+        if matrix:
+            self.check(tuple(x.shape))
+        return self.replace(_matrix=matrix, opt=None if self.opt is None else self.opt.resolved(x, path))
 
     def unresolved(self) -> Self:
         return self.replace(_matrix=None, opt=None if self.opt is None else self.opt.unresolved())

@@ -60,7 +60,6 @@ class AdaMuon(MatrixRule, TransformingRule):
         check_matrix_fields(self)
 
     def start(self, x: Array) -> State:
-        self.check(tuple(x.shape))
         return zeros_like(x), zeros_like(x, real=True)
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -52,15 +52,18 @@ class Orthogonalise(TransformingRule):
     def stacked(self) -> Orthogonalise:
         return self.replace(batch_dims=self.batch_dims + 1)
 
-    def init(self, x: Array) -> State:
-        if x.ndim < self.batch_dims + 2:
-            need = f"at least {self.batch_dims + 2} dimensions (batch_dims={self.batch_dims} and a matrix)"
-            msg = f"Orthogonalise needs {need}, got shape {tuple(x.shape)}; route other arrays to another rule"
-            raise RuleError(msg)
+    def resolved(self, x: Array, path: str) -> Orthogonalise:
         self.check(tuple(x.shape))
+        return self
+
+    def init(self, x: Array) -> State:
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < self.batch_dims + 2:
+            need = f"at least {self.batch_dims + 2} dimensions (batch_dims={self.batch_dims} and a matrix)"
+            msg = f"Orthogonalise needs {need}, got shape {shape}; route other arrays to another rule"
+            raise RuleError(msg)
         block_runs(self, shape)
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:

@@ -78,7 +78,6 @@ class Muon(MatrixRule, TransformingRule):
         return cls(**{**PRESETS[name], **overrides})
 
     def start(self, x: Array) -> State:
-        self.check(tuple(x.shape))
         return (zeros_like(x), self.mu) if self.momentum == "ema_debiased" else zeros_like(x)
 
     def matrix_stages(self, state: State, x: Array, dx: Array) -> Stages:

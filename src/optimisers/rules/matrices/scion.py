@@ -80,7 +80,6 @@ class Scion(MatrixRule, TransformingRule):
         return self.eta * self._decay() if self._matrix else super().decay_factor(state)
 
     def start(self, x: Array) -> State:
-        self.check(tuple(x.shape))
         return zeros_like(x)
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,109 @@
+"""Models whose parameters are cut over ranks give the trajectory of one process."""
+
+import pytest
+
+pytest.importorskip("torch.distributed.tensor")
+
+import sharded
+import sharded_models as models
+from ranks import Ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+def agree(results):
+    """Every rank came to the same result, which is returned."""
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "columns", "replicated"])
+def test_every_rule_gives_what_one_process_gives_on_two_ranks(two, layout):
+    assert (
+        agree(two.run(sharded.run_table, layout, "float32", 10 if layout == "fsdp" else 6, layout != "fsdp", 2e-6, limit=400))
+        == []
+    )
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "fsdp+columns", "fsdp+rows"])
+def test_every_rule_gives_what_one_process_gives_on_four_ranks(four, layout):
+    assert agree(four.run(sharded.run_table, layout, "float32", 6, True, 2e-6, limit=400)) == []
+
+
+def test_every_rule_gives_what_one_process_gives_in_bfloat16(two):
+    assert agree(two.run(sharded.run_table, "fsdp", "bfloat16", 6, True, 2e-2, limit=400)) == []
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["update_", "adapter"])
+@pytest.mark.parametrize("rule", list(models.RULES))
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tensor parallel"])
+def test_a_wrapped_module_trains_as_in_one_process(two, how, rule, adapter):
+    assert max(two.run(models.run_module, how, rule, adapter)) <= 5e-6
+
+
+@pytest.mark.parametrize("rule", list(models.RULES))
+@pytest.mark.parametrize("how", ["fsdp", "hsdp", "fsdp of tensor parallel"])
+def test_a_wrapped_module_trains_as_in_one_process_on_four_ranks(four, how, rule):
+    assert max(four.run(models.run_module, how, rule, False)) <= 5e-6
+
+
+def test_a_nan_on_one_rank_is_told_on_all(two):
+    assert "ClipNorm at 'w'" in agree(two.run(models.nan_under_throw))
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(two):
+    assert agree(two.run(models.nan_under_skip)) == {"w": (1, 1), "b": (1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("what", "fragments"),
+    [
+        ("partial parameter", ["ModelError", "'w'", "Partial", "Redistribute"]),
+        ("partial gradient", ["GradientError", "'w'", "Shard(dim=0)", "Partial", "not been summed", "redistribute(placements"]),
+        ("replicated gradient", ["GradientError", "'w'", "Shard(dim=0)", "Replicate()", "redistribute(placements"]),
+        ("plain gradient", ["GradientError", "'w'", "Shard(dim=0)", "got a Tensor", "distribute_tensor"]),
+        ("gradient of another shape", ["GradientError", "'w'", "(4, 3)", "(3,)"]),
+        ("sharded gradient", ["GradientError", "'b'", "DTensor", "to_local"]),
+        ("resharded", ["StructureError", "'w'", "Shard(dim=0)", "Replicate()", "load it"]),
+        ("no longer sharded", ["StructureError", "'w'", "Shard(dim=0)", "Set up a new state"]),
+        ("sharded after setup", ["StructureError", "'b'", "Shard(dim=0)", "Shard the model first"]),
+        ("disagreement", ["ModelError", "rank 0", "rank 1", "'w'", "eta=0.1", "eta=0.2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_told_by_name_on_all_ranks(two, what, fragments):
+    text = agree(two.run(models.bad_input, what))
+    assert all(fragment in text for fragment in fragments), text
+
+
+def test_elementwise_rules_communicate_nothing(two):
+    assert two.run(models.communication, "elementwise") == [[], []]
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("one measure", 1), ("each its measure", 1), ("two measures", 2)])
+def test_measures_that_do_not_wait_for_one_another_are_one_collective(two, name, rounds):
+    for calls in two.run(models.communication, name):
+        assert [call for call, _ in calls] == ["gather"] * rounds
+        assert all(sent == 11 * 8 for _, sent in calls)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
+    matrices = 8 * 16 * 12 * 4
+    for calls in (two if count == 2 else four).run(models.communication, "Muon"):
+        assert {call for call, _ in calls} == {"exchange"}
+        assert sum(sent for _, sent in calls) <= 2 * 1.2 * matrices * (count - 1) / count / count
