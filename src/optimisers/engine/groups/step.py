@@ -51,8 +51,8 @@ class GroupStep:
             _refuse_nowhere(self.group.has_empty or (all(x_places) and all(dx_places)))
             addresses = [np.array(x_places, np.uint64), np.array(dx_places, np.uint64), *states]
             if self.group.has_empty:
-                filled = self.group.sizes > 0
-                _refuse_nowhere(bool(addresses[0][filled].all() and addresses[1][filled].all()))
+                present = self.group.sizes > 0
+                _refuse_nowhere(bool(addresses[0][present].all() and addresses[1][present].all()))
         self._take(addresses, [] if last is None else last.tracks)
         self.prepared = PreparedStep(self.group.slots, dxs[0].dtype, x_places, dx_places, addresses, self.tracks)
 
