@@ -133,7 +133,18 @@ def test_resized_arrays_start_anew_unless_asked():
 
 
 # The moments are those of a projection, of rows and columns, of blocks.
-OVERLAP_RESTARTS = {"Apollo", "LowRank", "LowRank at random", "Adafactor", "Came", "AdamMini", "SOAP", "Shampoo", "Kron"}
+OVERLAP_RESTARTS = {
+    "Apollo",
+    "LowRank",
+    "LowRank at random",
+    "Adafactor",
+    "Came",
+    "AdamMini",
+    "SOAP",
+    "Shampoo",
+    "Kron",
+    "NorMuon",
+}
 
 
 @pytest.mark.parametrize("resize", ["restart", "overlap"])

@@ -154,6 +154,10 @@ class AbstractRule(ABC):
         """What a table of states says of an array of this shape besides the rule."""
         return ", ".join(filter(None, (child.remark(shape) for _, _, child in children(self))))
 
+    def split(self, state: State, x: Array, dx: Array) -> tuple[State, Array, Array, Array] | None:
+        """``apply``, its step in parts where it can tell them: without decay, the decay, an array with the first's signs."""
+        return None
+
     def set_own(self, fields: Mapping[str, Any]) -> tuple[AbstractRule, Mapping[str, Any], set[str]]:
         """Where a rule keeps values elsewhere than in its fields: (rule with them set, fields left, names that were set)."""
         return self, fields, set()

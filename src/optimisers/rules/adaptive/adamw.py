@@ -39,9 +39,13 @@ class AdamW(AbstractRule):
         return self.eta * self.lambda_ if self.couple else self.lambda_
 
     def apply(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
+        state, bare, decay, _ = self.split(state, x, dx)
+        return state, bare + decay
+
+    def split(self, state: State, x: Array, dx: Array) -> tuple[State, Array, Array, Array]:
         m, v, (b1t, b2t) = state
         b1, b2 = self.beta
         m = b1 * m + (1 - b1) * dx
         v = b2 * v + (1 - b2) * abs2(dx)
         rate, root = self.eta / (1 - b1t), 1 / sqrt(1 - b2t)
-        return (m, v, (b1t * b1, b2t * b2)), rate * m / (root * sqrt(v) + self.epsilon) + self.decay_factor(state) * x
+        return (m, v, (b1t * b1, b2t * b2)), rate * m / (root * sqrt(v) + self.epsilon), self.decay_factor(state) * x, m

@@ -38,14 +38,18 @@ class Cautious(Wrapper, MeasuringRule):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         (inner,) = state
-        factor = self.rule.decay_factor(inner)
-        inner, step = yield from stages_of(self.rule, inner, x, dx)
-        if step is None:
-            return (inner,), None
-        decay = factor * x
-        bare = step - decay
+        parts = self.rule.split(inner, x, dx)
+        if parts is None:
+            factor = self.rule.decay_factor(inner)
+            inner, step = yield from stages_of(self.rule, inner, x, dx)
+            if step is None:
+                return (inner,), None
+            decay = factor * x
+            parts = inner, step - decay, decay, step - decay
+        inner, bare, decay, heading = parts
         if self.mask == "decay":
             return (inner,), bare + where(alignment(bare, x) >= 0, decay, 0 * x)
-        agrees = alignment(bare, dx) > 0
+        agrees = alignment(heading, dx) > 0
         (share,) = yield Measurement(self, (count_true(agrees) / maximum(element_count(x), 1),))
-        return (inner,), where(agrees, bare, 0 * x) * scalar_like(1 / maximum(share, 1e-3), x) + decay
+        scale = scalar_like(1 / maximum(share, 1e-3), x)
+        return (inner,), bare * where(agrees, scale, 0 * scale) + decay
