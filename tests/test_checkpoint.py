@@ -528,7 +528,7 @@ def test_a_missing_package_is_named(saved, monkeypatch):
     path, model, state = saved
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (lambda: opt.save(path, state), lambda: opt.load(path, model)):
-        fails(call, "pip install 'optimisers[checkpoint]'", kind=MissingPackageError)
+        fails(call, "pip install safetensors", kind=MissingPackageError)
     assert issubclass(MissingPackageError, ImportError)
 
 

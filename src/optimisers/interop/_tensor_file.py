@@ -37,7 +37,7 @@ def library() -> Any:
     try:
         return importlib.import_module("safetensors")
     except ImportError as error:
-        msg = "checkpoints need the package safetensors; install it with: pip install 'optimisers[checkpoint]'"
+        msg = "checkpoints need the package safetensors; install it with: pip install safetensors"
         raise MissingPackageError(msg) from error
 
 

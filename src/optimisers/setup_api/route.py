@@ -14,6 +14,7 @@ from ..rules._base import AbstractRule, State, walk
 from ..rules._wrapper import Wrapper
 from ..tree.param import Param
 from ..tree.select import check_pattern, describe, known_paths, matches
+from ..tree.show import rule_text
 
 
 class _Missing:
@@ -112,8 +113,9 @@ class Chooser:
         for param, (other, other_why) in zip(places, results, strict=True):
             if other != chosen:
                 msg = (
-                    f"{first.path!r} and {param.path!r} are one tied array, but get different rules: {chosen!r} ({why}) and "
-                    f"{other!r} ({other_why}). Put a pattern for it first, such as ({first.path!r}, {param.path!r})"
+                    f"{first.path!r} and {param.path!r} are one tied array, but get different rules: "
+                    f"{_short(chosen)} ({why}) and {_short(other)} ({other_why}). "
+                    f"Put a pattern for it first, such as ({first.path!r}, {param.path!r})"
                 )
                 raise TieError(msg)
         return chosen, why
@@ -171,3 +173,7 @@ class Chooser:
                 if not hit:
                     msg = f"Route: the pattern {describe(pattern)} matches no parameter. {known_paths(pattern, params)}"
                     raise SelectionError(msg)
+
+
+def _short(rule: AbstractRule | None) -> str:
+    return "None" if rule is None else rule_text(rule)
