@@ -12,7 +12,7 @@ import ours
 import peers
 from floor import floor
 from measuring import Pair, Row, Settings, compare
-from problems import gpt2, many, mlp, size
+from problems import gpt2, many, mlp, size, tiny
 
 CASES: dict[str, Callable[[Settings], list[Row]]] = {}
 NOT_QUICK: set[str] = set()  # what --quick leaves out unless it is asked for by name
@@ -165,3 +165,16 @@ def leaves_6(settings):
     }
     pairs = [of(what, OURS, FUSED, 1.5), of(what, OURS, FOREACH), of(what, OURS, OPTAX)]
     return compare("leaves/6", sides, pairs, settings)
+
+
+@case("leaves/tiny")
+def leaves_tiny(settings):
+    model, grads = peers.tensors(tiny(), 0), peers.tensors(tiny(), 1)
+    what = "6 leaves of 32x32 and 32, AdamW"
+    sides = {
+        OURS: lambda: ours.in_place(ours.adamw(), model, grads),
+        PURE: lambda: ours.pure(ours.adamw(), model, grads),
+        FUSED: lambda: peers.torch_adamw(model, grads, fused=True),
+    }
+    # Programs of so few elements are compiled after some steps.
+    return compare("leaves/tiny", sides, [of(what, OURS, FUSED, 1.5), of(what, PURE, FUSED, 2.0)], settings, warm_up=100)

@@ -10,7 +10,7 @@ import ours
 import peers
 from cases import OPTAX, OURS, case, of
 from measuring import WARM_UP, compare
-from problems import PROBLEMS
+from problems import PROBLEMS, small_matrices, small_vectors
 
 TORCH = "torch.optim.Muon"
 
@@ -43,3 +43,16 @@ for _problem, _what, _bounds, _repetitions in (
     ("long_matrices", "Muon, 4 of 256x4096", {OPTAX: 0.22}, None),
 ):
     case(f"muon/{_problem}")(partial(measure, _problem, _what, bounds=_bounds, repetitions=_repetitions))
+
+
+@case("muon/route")
+def route(settings):
+    """Vectors under AdamW beside matrices under Muon."""
+    routed = opt.Route((lambda p: p.ndim >= 2, opt.Muon()), otherwise=ours.adamw())
+    both, matrices = (
+        [peers.tensors(shapes, seed) for seed in (0, 1)] for shapes in (small_matrices() | small_vectors(), small_matrices())
+    )
+    alone = "the matrices alone"
+    sides = {OURS: lambda: ours.in_place(routed, *both), alone: lambda: ours.in_place(opt.Muon(), *matrices)}
+    what = "Muon, 50 matrices of at most 64x16, AdamW, 98 vectors, by a route"
+    return compare("muon/route", sides, [of(what, OURS, alone, 1.3)], settings, warm_up=100)

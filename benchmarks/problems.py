@@ -35,6 +35,21 @@ def mlp() -> Shapes:
     return shapes
 
 
+def tiny() -> Shapes:
+    """Six leaves of a network so small that a step is all overhead."""
+    return {f"layers.{i}.{name}": shape for i in range(3) for name, shape in (("weight", (32, 32)), ("bias", (32,)))}
+
+
+def small_matrices() -> Shapes:
+    """50 matrices of at most 64 x 16."""
+    return {f"matrix.{i}": ((64, 16), (32, 16), (16, 16), (48, 8))[i % 4] for i in range(50)}
+
+
+def small_vectors() -> Shapes:
+    """98 vectors, as biases and norms beside such matrices."""
+    return {f"vector.{i}": (64,) if i % 2 else (16,) for i in range(98)}
+
+
 def equal_leaves(count: int) -> Shapes:
     """So many leaves of 1,000 elements."""
     return {f"leaf.{i}": (1000,) for i in range(count)}

@@ -234,3 +234,27 @@ def test_blocks_that_do_not_fit_are_found_before_anything_is_written(kind, way, 
     state, model = opt.update_(opt.adjust(state, lambda_=0.0), model, {name: 0 * x for name, x in model.items()})
     for name, x in model.items():
         np.testing.assert_allclose(numpy_of(x), before[name], rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", [None, "w[01]"])
+@pytest.mark.parametrize("fields", [{"eta": 0.05}, {"mu": 0.5}, {"blocks": 2}], ids=str)
+def test_stacks_are_kept_while_rules_keep_them_apart_as_before(fields, where, switch):
+    """A change of rates does not gather arrays anew; one for some of them, or of how they are cut, does."""
+    switch("1")
+    rng = np.random.default_rng(0)
+    start = {f"w{i}": rng.standard_normal((6, 4)) for i in range(5)}
+    lines = []
+    for way in ("1", "rules"):
+        switch(way)
+        state, model = opt.setup(opt.Muon(), {name: x.copy() for name, x in start.items()}), start
+        for step in range(4):
+            state, model = opt.update(state, model, {name: 0.5 * x + step for name, x in model.items()})
+            if step == 1:
+                before = [group_state.group for group_state in getattr(state._grouped, "group_states", ())]
+                state = opt.adjust(state, where=where, rule=opt.Muon, **fields)
+                after = [group_state.group for group_state in getattr(state._grouped, "group_states", ())]
+                kept = [a._stacks == b._stacks for a, b in zip(before, after, strict=True)]
+                assert kept == ([where is None and "blocks" not in fields] if way == "1" else [])
+        lines.append(model)
+    for name in start:
+        np.testing.assert_allclose(lines[0][name], lines[1][name], rtol=1e-11, atol=1e-12)

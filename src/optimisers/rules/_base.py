@@ -326,10 +326,15 @@ def check_alone(request: Measurement) -> None:
 # --- rules inside rules ---------------------------------------------------------------------------------------------------
 
 
+_PLAIN = frozenset({float, int, bool, str, type(None)})
+
+
 def children(rule: AbstractRule) -> Iterator[tuple[str, int | None, AbstractRule]]:
     """The rules that stand in a rule's fields: (field, index in a tuple or None, rule)."""
     for field in dataclasses.fields(rule):  # type: ignore[arg-type]
         value = getattr(rule, field.name)
+        if type(value) in _PLAIN:  # an abstract class takes its time to say what is none of its own
+            continue
         if isinstance(value, AbstractRule):
             yield field.name, None, value
         elif isinstance(value, tuple):

@@ -25,7 +25,7 @@ from ..memory.guard import Guard
 from ..memory.pool import Layout
 from ..memory.strides import Vector, element_strides
 from ..shards.exchange import Exchange
-from .stacking import Stack, stacked
+from .stacking import Stack, stacked, stacks_stay
 from .variant import Variant
 
 _VARIANTS = 16
@@ -111,6 +111,7 @@ class Group:
         self.everyone = np.arange(self.count)
         self._layout: Layout | None = None
         self._stacks: dict[Place, list[Stack]] = {}
+        self._for_stacks: dict[tuple[int, Place], AbstractRule] = {}
         self.exchanges: dict[Sharding, Exchange] = {}
 
     def sharding(self, member: int) -> Sharding | None:
@@ -126,7 +127,8 @@ class Group:
             return None
         new = object.__new__(Group)
         new.__dict__.update(self.__dict__)
-        new.rules, new.hyper, new._stacks = rules, hyper_of(rules, low=self.low), {}
+        new.rules, new.hyper, new._for_stacks = rules, hyper_of(rules, low=self.low), {}
+        new._stacks = {where: kept for where, kept in self._stacks.items() if stacks_stay(self.rules, rules, where)}
         return new
 
     def admits(self, xs: Sequence[Any], dxs: Sequence[Any]) -> bool:
@@ -151,6 +153,13 @@ class Group:
         if where not in self._stacks:
             self._stacks[where] = stacked(self, members, where)
         return self._stacks[where]
+
+    def for_stacks(self, member: int, where: Place) -> Any:
+        """The rule that stands where in the rule of a parameter, as one for stacks; made once, and not in each step."""
+        key = self.rules.kinds[member], where
+        if key not in self._for_stacks:
+            self._for_stacks[key] = inner(self.rules.of(member), where).stacked()
+        return self._for_stacks[key]
 
     def bytes_of(self, size: Any) -> Vector:
         """The bytes of each array, if an element takes so many."""

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...errors import locating
+from ...rules._base import AbstractRule
+from ...tree.heads import Rules
 from ..graph.program import Place, inner
+from ..graph.trace import numbers_of
 from ..kernels.work import Table, table
 from ..memory.strides import Vector, is_row_major
 from ..shards.exchange import Exchange, cost_of, owners_of
@@ -59,6 +62,20 @@ def stacked(group: Group, members: Vector, where: Place) -> list[Stack]:
     for like in found.values():
         alone += in_stacks(like, int(group.sizes[like[0]]), *_limits(group))
     return [_stack(group, chosen) for chosen in alone]
+
+
+def stacks_stay(old: Rules, new: Rules, where: Place) -> bool:
+    """Whether other rules of one structure put the same arrays on the same stacks: as a change of rates does."""
+    pairs = set(zip(old.kinds, new.kinds, strict=True))
+    if any(_counts(old.distinct[a]) != _counts(new.distinct[b]) for a, b in pairs):  # such as numbers of blocks
+        return False
+    alike = {(likeness(inner(old.distinct[a], where)), likeness(inner(new.distinct[b], where))) for a, b in pairs}
+    return len({a for a, _ in alike}) == len(alike) == len({b for _, b in alike})
+
+
+def _counts(rule: AbstractRule) -> list[float]:
+    """The whole numbers in the fields of a rule."""
+    return [number for number in numbers_of(rule) if isinstance(number, int)]
 
 
 def _exchanged(group: Group, members: Vector, where: Place) -> list[Stack]:

@@ -172,9 +172,11 @@ class GroupTrack(Track):
         more = f" (and {len(stack.members) - 1} like it)" if len(stack.members) > 1 else ""
         with locating(group.paths[stack.members[0]] + more):
             if stack.exchange is not None:
-                found = stack.exchange.transformed(given, stack.owners, rule.stacked().transform)
+                together = group.for_stacks(stack.members[0], boundary.where)
+                found = stack.exchange.transformed(given, stack.owners, together.transform)
             else:
-                found = (rule if len(stack.members) == 1 else rule.stacked()).transform(given)
+                chosen = rule if len(stack.members) == 1 else group.for_stacks(stack.members[0], boundary.where)
+                found = chosen.transform(given)
             if tuple(found.shape) != stack.shape or found.dtype != dtype:
                 got = f"shape {tuple(found.shape)} and dtype {dtype_name(found)}"
                 msg = f"{rule!r} made {got} of an array of shape {stack.shape} and dtype {dtype_name(given)}"
