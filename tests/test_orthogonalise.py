@@ -223,7 +223,7 @@ def test_a_symmetric_product_from_its_upper_half(kind, shape, parts, monkeypatch
     rng = np.random.default_rng(0)
     x = made(rng.normal(size=shape), kind)
     expected = numpy_of(x @ x.mT)
-    monkeypatch.setattr(_matrices, "_parts", lambda x: parts)
+    monkeypatch.setattr(_matrices, "_parts", lambda x, **_: parts)
     g = symmetric_matmul(x, x.mT)
     np.testing.assert_allclose(numpy_of(g), expected, rtol=0, atol=1e-13)
     np.testing.assert_array_equal(numpy_of(g), numpy_of(g.mT))
@@ -241,6 +241,8 @@ def test_large_matrices_on_a_cpu_leave_out_half_of_their_symmetric_products():
     assert _matrices._parts(torch.empty(384, 384)) == 1
     assert _matrices._parts(torch.empty(1024, 1024, device="meta")) == 1
     assert _matrices._parts(np.empty((1024, 1024))) == 1
+    assert _matrices._parts(torch.empty(384, 384), written=True) == 4
+    assert _matrices._parts(torch.empty(128, 384), written=True) == 1
     x = torch.randn(600, 640, generator=torch.Generator().manual_seed(0))
     y, expected = opt.orthogonalise(x), opt.orthogonalise(x.numpy())
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=1e-5)

@@ -26,6 +26,8 @@ def add_matmul(c: Array, a: Array, b: Array, beta: float, alpha: float, *, symme
 
     symmetric: the result is known to be so, and its lower half may be taken from the upper one.
     """
+    if symmetric and _may_write(a, b, c) and (parts := _parts(a, written=True)) > 1:
+        return _written(a, b, parts, c, beta, alpha)
     if symmetric and (parts := _parts(a)) > 1:
         return _mirrored(lambda i, j: add_matmul(c[..., i, j], a[..., i, :], b[..., j], beta, alpha), c.shape[-1], parts)
     if kind(a) == "torch" and a.ndim in {2, 3}:
@@ -59,21 +61,48 @@ def gram(x: Array) -> tuple[Array, Array]:
 
 def symmetric_matmul(a: Array, b: Array) -> Array:
     """``a @ b`` where that is known to be symmetric: its lower half may be taken from the upper one."""
+    if _may_write(a, b) and (parts := _parts(a, written=True)) > 1:
+        return _written(a, b, parts)
     if (parts := _parts(a)) > 1:
         return _mirrored(lambda i, j: a[..., i, :] @ b[..., j], a.shape[-2], parts)
     return a @ b
 
 
+def _may_write(*given: Array) -> bool:
+    """Whether a product of these tensors may be written piece by piece: of matrices that nobody differentiates."""
+    if any(kind(x) != "torch" or x.ndim != 2 for x in given):
+        return False
+    from . import _torch
+
+    return not any(map(_torch.is_differentiated, given))
+
+
+def _written(a: Array, b: Array, parts: int, c: Array | None = None, beta: float = 0.0, alpha: float = 1.0) -> Array:
+    """``beta * c + alpha * a @ b``, known to be symmetric, its block rows written from the diagonal on where they are to lie."""
+    torch, side = sys.modules["torch"], a.shape[0]
+    out = a.new_empty((side, side))
+    cut = [side * i // parts for i in range(parts + 1)]
+    for lo, hi in pairwise(cut):
+        if c is None:
+            torch.mm(a[lo:hi], b[:, lo:], out=out[lo:hi, lo:])
+        else:
+            torch.addmm(c[lo:hi, lo:], a[lo:hi], b[:, lo:], beta=beta, alpha=alpha, out=out[lo:hi, lo:])
+        out[hi:, lo:hi] = out[lo:hi, hi:].mT
+    return out
+
+
 # From so many multiplications on, leaving out half of them is worth the copies; from this side on, four parts beat two.
 _SYMMETRIC_FROM, _FOUR_FROM = 1.5e8, 768
+# The same where blocks are written to their places.
+_WRITTEN_FROM, _FOUR_WRITTEN_FROM = 4e7, 384
 
 
-def _parts(x: Array) -> int:
+def _parts(x: Array, *, written: bool = False) -> int:
     """In how many block rows to compute a symmetric product with x on the left. NumPy knows ``x @ x.mT`` by itself."""
     side, inner = x.shape[-2:]
-    if kind(x) != "torch" or side * side * inner < _SYMMETRIC_FROM or x.device.type != "cpu":
+    if kind(x) != "torch" or side * side * inner < (_WRITTEN_FROM if written else _SYMMETRIC_FROM) or x.device.type != "cpu":
         return 1
-    return 4 if side >= _FOUR_FROM else 2
+    return 4 if side >= (_FOUR_WRITTEN_FROM if written else _FOUR_FROM) else 2
 
 
 def _mirrored(block: Callable[[slice, slice], Array], side: int, parts: int) -> Array:

@@ -161,9 +161,10 @@ class SOAP(MatrixRule):
         lead, bases = g.ndim - len(sides), [None if side is None else side[1] for side in sides]
         low = rotated(g, bases, lead)
         m = interpolate(m, low, 1 - b1)
-        v = b2 * v + (1 - b2) * abs2(low)
-        step = 1 / (1 - b1t) * m / (1 / sqrt(1 - b2t) * sqrt(v) + self.epsilon)
-        step = rotated(step, bases, lead, back=True)
+        v = interpolate(v, abs2(low), 1 - b2)
+        root = sqrt(1 - b2t)
+        step = m / (sqrt(v) + root * self.epsilon)
+        step = rotated(step, bases, lead, back=True) * (root / (1 - b1t))
         if t > 0:
             sides = self._moved(sides, g)
             if (t + self._offset) % self.refresh == 0:
