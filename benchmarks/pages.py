@@ -22,7 +22,7 @@ GROUPS: dict[str, Callable[[Row], bool]] = {
     "in place": lambda row: row.case.startswith(("gpt2/", "rules/")) and row.ours.startswith("update_"),
     "pure": lambda row: row.ours == "update" and row.unit == "s",
     "small": lambda row: row.case.startswith(("leaves/", "slope/count")) and row.ours == "update_",
-    "matrices": lambda row: row.case.startswith("muon/"),
+    "matrices": lambda row: row.case.startswith(("muon/", "soap/")),
     "others": lambda row: row.case.startswith(("numpy/", "first/")),
     "memory": lambda row: row.case.startswith("memory/"),
 }

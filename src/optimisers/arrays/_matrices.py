@@ -78,7 +78,7 @@ def _may_write(*given: Array) -> bool:
 
 
 def _written(a: Array, b: Array, parts: int, c: Array | None = None, beta: float = 0.0, alpha: float = 1.0) -> Array:
-    """``beta * c + alpha * a @ b``, known to be symmetric, its block rows written from the diagonal on where they are to lie."""
+    """``beta * c + alpha * a @ b``, known to be symmetric: its block rows are written from the diagonal on to their places."""
     torch, side = sys.modules["torch"], a.shape[0]
     out = a.new_empty((side, side))
     cut = [side * i // parts for i in range(parts + 1)]
