@@ -541,6 +541,7 @@ ROWS = (
             opt.Averaged(opt.MixedPrecision(opt.Adam(0.1), "float64"), 0.9),
         ),
         like_x=False,  # the average of a half-precision array is kept in float32
+        rates=(1.0, 1.0),
         bad=(
             ({"rule": opt.Adam(), "decay": 1.0}, HyperParameterError, "Averaged: field 'decay' must be in [0, 1); got 1.0"),
             ({}, UnknownFieldError, "Averaged needs its field 'rule'"),
@@ -556,6 +557,7 @@ ROWS = (
             opt.ScheduleFree(opt.OptimiserChain(opt.WeightDecay(0.5), opt.RAdam(0.1, (0.0, 0.5)))),
         ),
         like_x=False,  # z of a half-precision array is kept in float32
+        rates=(1.0, 0.03),
         bad=(
             ({}, UnknownFieldError, "ScheduleFree needs its field 'rule'"),
             ({"rule": 0.1}, RuleError, "ScheduleFree(rule, beta): rule must be a rule; got"),
@@ -578,6 +580,7 @@ ROWS = (
         opt.Lookahead,
         (opt.Lookahead(opt.Adam(0.1), 2), opt.Lookahead(opt.Momentum(0.1), 3, 0.8)),
         like_x=False,  # slow weights of a half-precision array are kept in float32
+        rates=(1.0, 0.3),
         bad=(
             ({"rule": 0.1}, RuleError, "Lookahead(rule, k): rule must be a rule; got"),
             ({"rule": opt.Adam(), "k": 0}, HyperParameterError, "Lookahead: field 'k' must be a whole number >= 1; got 0"),
@@ -593,17 +596,19 @@ ROWS = (
             opt.Cautious(opt.OptimiserChain(opt.ClipNorm(1.0), opt.Momentum(0.1), opt.WeightDecay(0.01))),
         ),
         law="measured",
+        rates=(1.0, 0.01),
         bad=(
             ({"rule": 0.1}, RuleError, "Cautious(rule, mask): rule must be a rule; got"),
             ({"rule": opt.Adam(), "mask": "x"}, HyperParameterError, "Cautious: field 'mask' must be one of 'step', 'decay'"),
             ({"rule": opt.ScheduleFree(opt.Adam())}, RuleError, "put that around: ScheduleFree(Cautious(...))"),
         ),
     ),
-    Row("Cautious decay", opt.Cautious, (opt.Cautious(opt.AdamW(0.1, lambda_=0.1), mask="decay"),)),
+    Row("Cautious decay", opt.Cautious, (opt.Cautious(opt.AdamW(0.1, lambda_=0.1), mask="decay"),), rates=(1.0, 1.0)),
     Row(
         "Compensated",
         opt.Compensated,
         (opt.Compensated(opt.Momentum(0.1)), opt.Compensated(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Momentum(0.1)))),
+        rates=(0.3, 0.003),
         bad=(
             ({"rule": 0.1}, RuleError, "Compensated(rule, _own): rule must be a rule; got"),
             ({"rule": opt.MixedPrecision(opt.Adam())}, RuleError, "put that around: MixedPrecision(Compensated(...))"),
@@ -629,7 +634,14 @@ ROWS = (
             ),
         ),
     ),
-    Row("Projected ball", opt.Projected, (opt.Projected(opt.Adam(0.1), "ball", 20.0),), complex=False, law="measured"),
+    Row(
+        "Projected ball",
+        opt.Projected,
+        (opt.Projected(opt.Adam(0.1), "ball", 20.0),),
+        complex=False,
+        law="measured",
+        rates=(1.0, 1.0),
+    ),
     Row("Projected rows", opt.Projected, (opt.Projected(opt.Adam(0.1), "unit_rows", 11.5),), complex=False, law="none"),
     Row(
         "Projected by a callable",
@@ -650,6 +662,7 @@ ROWS = (
         complex=False,
         law="none",
         like_x=False,  # codes are 8 bits wide, and scales fewer
+        rates=(1.0, 0.01),
         bad=(
             ({"rule": 0.1}, RuleError, "Quantised(rule, bits): rule must be a rule; got"),
             ({"rule": opt.Adam(), "bits": 2}, HyperParameterError, "Quantised: field 'bits' must be 8; got 2"),
@@ -693,6 +706,7 @@ ROWS = (
         (opt.StochasticRounding(opt.Adam()), opt.StochasticRounding(opt.Momentum(0.1), seed=3)),
         law="none",
         refuses=("float16",),
+        rates=(1.0, 1.0),
         bad=(
             ({}, UnknownFieldError, "StochasticRounding needs its field 'rule'"),
             ({"rule": 0.1}, RuleError, "StochasticRounding(rule, seed): rule must be a rule; got"),
@@ -707,6 +721,7 @@ ROWS = (
             opt.MixedPrecision(opt.Momentum(0.1), "float64"),
             opt.MixedPrecision(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Adam(0.1)), "float64"),
         ),
+        rates=(1.0, 1.0),
         bad=(
             ({}, UnknownFieldError, "MixedPrecision needs its field 'rule'"),
             ({"rule": 0.1}, RuleError, "MixedPrecision(rule, dtype): rule must be a rule; got"),
