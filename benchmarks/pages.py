@@ -19,14 +19,15 @@ PICTURE = DOCS / "images" / "benchmarks.png"
 PART = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 GROUPS: dict[str, Callable[[Row], bool]] = {
-    "in place": lambda row: row.case.startswith(("gpt2/", "rules/")) and row.ours.startswith("update_"),
+    "in place": lambda row: row.case.startswith(("gpt2/", "rules/", "wave/")) and row.ours.startswith("update_"),
     "pure": lambda row: row.ours == "update" and row.unit == "s",
     "small": lambda row: row.case.startswith(("leaves/", "slope/count")) and row.ours == "update_",
-    "matrices": lambda row: row.case.startswith(("muon/", "soap/")),
+    "matrices": lambda row: row.case.startswith(("muon/", "soap/", "kin/")),
     "others": lambda row: row.case.startswith(("numpy/", "first/")),
     "memory": lambda row: row.case.startswith("memory/"),
 }
-NO_PEER = ("the floor", "the matrices alone")  # what the machine can do, and a part of the same step: for ourselves
+# What the machine can do, a part of the same step, and other rules of our own: for ourselves.
+NO_PEER = ("the floor", "the matrices alone", "update_, AdamW", "update_, Muon")
 
 # Sides in the words of the pages.
 SIDES = {

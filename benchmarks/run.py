@@ -24,7 +24,7 @@ import report
 from measuring import QUICK, Row, Settings
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("cases", "cases_rules", "cases_muon", "cases_soap", "cases_processes")
+MODULES = ("cases", "cases_rules", "cases_muon", "cases_soap", "cases_wave", "cases_processes")
 LIMIT = 900  # seconds for one process
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import optimisers as opt
 from optimisers import rules
 from optimisers.rules._adjust import has_eta
+from table import ROWS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing.md"
 
@@ -35,6 +37,40 @@ def line(name, rule):
 @pytest.mark.parametrize(("name", "rule"), list(stepping()), ids=lambda value: value if isinstance(value, str) else "")
 def test_the_page_says_what_a_rule_costs(name, rule):
     assert line(name, rule) in PAGE.read_text(encoding="utf-8"), f"docs/choosing.md lacks {line(name, rule)}"
+
+
+def table(heading):
+    """The cells of the rows of the table below a heading of docs/choosing.md, by the name in their first cell."""
+    section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in section.splitlines() if row.startswith("|")]
+    return {cells[0].strip("`"): cells[1:] for cells in found[2:]}
+
+
+def test_the_page_says_what_matters_of_a_rule():
+    found, rates = table("What each costs and keeps"), {row.name: row.rates for row in ROWS}
+    assert found.keys() == {name for name, _ in stepping()}
+    for name, rule in stepping():
+        _, _, cost, matters, solves, _, shown = found[name]
+        assert cost
+        assert shown
+        fields = re.findall(r"`(\w+)`", matters)
+        assert fields
+        assert all(hasattr(rule, field) for field in fields), name
+        assert solves == ("" if rates[name] is None else ", ".join(f"{rate:g}" for rate in rates[name])), name
+
+
+WRAPPED = {"LowRank": {"rank": 8}, "Projected": {"onto": "ball"}}
+FEWER = {"LowRank", "Quantised"}
+
+
+def test_the_page_says_what_wrappers_add():
+    x = np.zeros((256, 256), np.float32)
+    for name, (added, cost, matters, *_) in table("Wrappers").items():
+        rule = getattr(opt, name)(opt.AdamW(), **WRAPPED.get(name, {}))
+        more = (opt.estimate(rule, x).state - opt.estimate(opt.AdamW(), x).state) / x.size
+        assert more < -1 if name in FEWER else abs(more - float(added)) < 0.01, name
+        assert cost
+        assert all(hasattr(rule, field) or hasattr(rule.rule, field) for field in re.findall(r"`(\w+)`", matters)), name
 
 
 # --- docs/memory.md -----------------------------------------------------------------------------------------
