@@ -125,6 +125,13 @@ def refused(capsys, path):
     return err
 
 
+def test_files_of_torch_are_told_from_damaged_ones(tmp_path, capsys):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    assert "a file as torch.save writes; read it with torch.load" in refused(capsys, tmp_path / "a.pt")
+    assert refused(capsys, tmp_path / "none").endswith("cannot be read: No such file or directory\n")
+    assert refused(capsys, tmp_path).endswith("cannot be read: Is a directory\n")
+
+
 def test_files_that_are_none_are_refused(tmp_path, capsys):
     opt.save(tmp_path / "a", opt.setup(opt.Adam(), model_of()))
     whole = (tmp_path / "a").read_bytes()

@@ -113,12 +113,22 @@ def test_the_state_of_a_large_model_fits_a_screen(rule):
     assert ["transformer.h.{0..11}.attn.c_attn.bias", "x12", "24", "float32"] in [row[:4] for row in rows]
 
 
+def rows_of_rules(text):
+    """The lines of the table that stand for arrays."""
+    return [line for line in text.splitlines()[2:] if re.search(r" float32 ", line)]
+
+
 def test_every_rule_is_told_in_full_below():
     text = str(opt.setup(ROUTE, transformer()))
     assert re.search(r"wte.weight = lm_head.weight +400x8 +float32 +\S+ KiB +AdamW #1 ", text)
     assert "AdamW #1: AdamW(eta=0.0003, beta=(0.9, 0.95))" in text
     assert "AdamW #2: AdamW(eta=0.0003)" in text
-    assert "ClipGlobalNorm > AdamW: ClipGlobalNorm() > AdamW(eta=0.0003)" in text
+    assert "AdamW #3: ClipGlobalNorm() > AdamW(eta=0.0003)" in text
+    names = {note.partition(": ")[0] for note in re.findall(r"^\w+ #\d: |^\w+: ", text, re.MULTILINE)}
+    assert len(names) > 3
+    assert {re.search(r" B +(\w+(?: #\d)?) |iB +(\w+(?: #\d)?) ", line).group(1, 2) for line in rows_of_rules(text)} <= {
+        pair for name in names for pair in ((name, None), (None, name))
+    }
     assert "ns=NewtonSchulz(coefficients='polar_express')" in text
     assert "safety=None" not in text  # a default
 

@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text = show(options.file, full=options.full) if options.command == "show" else diff(options.before, options.after)
-    except (OptimisersError, OSError) as error:
+    except OSError as error:
+        print(f"optimisers: {error.filename!r} cannot be read: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 2
+    except OptimisersError as error:
         print(f"optimisers: {error}", file=sys.stderr)  # noqa: T201
         return 2
     print(text)  # noqa: T201

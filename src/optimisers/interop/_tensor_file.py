@@ -145,9 +145,12 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     safetensors = library()
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+    length = int.from_bytes(start, "little")
     if size < 8 or length > size - 8 or length > _HEADER_LIMIT:
         msg = f"load: {str(path)!r} is no checkpoint, or it is cut off: its {size:,} bytes cannot hold the header it announces"
+        if start.startswith(b"PK\x03\x04"):  # a zip archive
+            msg = f"load: {str(path)!r} is no checkpoint of opt.save, but a file as torch.save writes; read it with torch.load"
         raise CheckpointError(msg)
     torch = torch_if_loaded()
     try:

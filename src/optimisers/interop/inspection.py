@@ -55,7 +55,8 @@ def show(path: str | Path, *, full: bool = False) -> str:
         used = bytes_text(sum(found[i].bytes for i in members))
         lines.append([name, f"x{len(members)}" if len(members) > 1 else "", shape, dtype, used, steps, frozen, rule])
     size = sum(math.prod(stored.entry.shape) for stored in found)
-    total = f"{len(found)} arrays, {size:,} parameters, {bytes_text(sum(stored.bytes for stored in found))} of state"
+    kept = bytes_text(sum(stored.bytes for stored in found))
+    total = f"{len(found)} array{'' if len(found) == 1 else 's'}, {size:,} parameters, {kept} of state"
     return f"{table(['path', '', 'shape', 'dtype', 'state', 'steps', '', 'rule'], lines)}\n{total}"
 
 

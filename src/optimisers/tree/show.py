@@ -103,9 +103,13 @@ def _screen(rows: Sequence[Row], width: int) -> _Table:
     """The table in at most 40 lines, and no wider than a screen as far as that can be."""
     head, lines, notes = _cells(rows)
     if _width(head, lines) > width and "rule" in head:
-        names = named(rows)
-        for line in lines:
-            line[_RULE] = names[line[_RULE]]
+        rules = [line[_RULE] for line in lines]
+        for by_last in (False, True):
+            names = named(rows, by_last=by_last)
+            for line, rule in zip(lines, rules, strict=True):
+                line[_RULE] = names[rule]
+            if _width(head, lines) <= width:
+                break
         notes = [*(f"{name}: {rule}" for rule, name in names.items() if name != rule), *notes]
     notes = [line for note in notes for line in _wrapped(note, width)]
     room = max(ROWS - 2 - len(notes), 8)
@@ -118,15 +122,19 @@ def _screen(rows: Sequence[Row], width: int) -> _Table:
             column = head.index(name)
             room = max(max(len(line[column]) for line in lines) - over, least)
             for line in lines:
-                line[column] = _middle(line[column], room) if name == "path" else _end(line[column], room)
+                # The end of a path tells most, and that of a rule's name is its number.
+                line[column] = _end(line[column], room) if name.startswith("why") else _middle(line[column], room)
     return _Table(head, lines, notes)
 
 
-def named(rows: Sequence[Row]) -> dict[str, str]:
-    """A short name for each rule: its type, with a number where several rules are of one type."""
+def named(rows: Sequence[Row], *, by_last: bool = False) -> dict[str, str]:
+    """A short name for each rule: its type, with a number where several rules are of one type.
+
+    The type of a chain is that of all its members, or ``by_last`` of the last one, which steps.
+    """
     of_kind: dict[str, dict[str, None]] = {}
     for row in rows:
-        of_kind.setdefault(row.kind, {})[row.rule] = None
+        of_kind.setdefault(row.kind.rpartition(" > ")[2] if by_last else row.kind, {})[row.rule] = None
     return {
         rule: kind if len(rules) == 1 else f"{kind} #{k}" for kind, rules in of_kind.items() for k, rule in enumerate(rules, 1)
     }
