@@ -263,6 +263,13 @@ def test_an_output_layer_and_half_precision_are_said():
     assert oddities(opt.MixedPrecision(opt.Route(("lm_head.*", opt.Adam()), otherwise=opt.Muon())), net) == []
 
 
+def test_norms_that_are_made_for_embeddings_and_heads_are_not_warned_of():
+    net = torch.nn.ModuleDict({"embed": torch.nn.Embedding(9, 4), "lm_head": torch.nn.Linear(4, 9, bias=False)})
+    first = opt.Scion(norm="columns", normalised=False, layout="in_out")
+    assert oddities(opt.Route(("embed.*", first), otherwise=opt.Scion(norm="sign")), net) == []
+    assert oddities(opt.Scion(), net)[0].startswith("Scion orthogonalises an embedding")
+
+
 def test_a_route_that_suits_is_not_warned_of():
     plain = opt.AdamW(3e-4)
     muon = opt.Muon(layout="in_out")

@@ -71,9 +71,10 @@ def _oddities(slot: Slot, entry: Entry) -> Iterator[str]:
 def _of_matrices(rule: AbstractRule, param: Param, names: list[str]) -> Iterator[str]:
     name = type(rule).__name__
     owner = "" if param.owner is None else param.owner.__name__
-    if "Embedding" in owner or any(word in path for path in names for word in ("embed", "wte", "wpe")):
+    whole = getattr(rule, "norm", "spectral") == "spectral"  # Scion's other norms are made for embeddings and output layers
+    if whole and ("Embedding" in owner or any(word in path for path in names for word in ("embed", "wte", "wpe"))):
         yield f"{name} orthogonalises an embedding, whose rows are not used together; AdamW is usual"
-    elif any(path.split(".")[-2:-1] in (["lm_head"], ["head"], ["classifier"]) for path in names):
+    elif whole and any(path.split(".")[-2:-1] in (["lm_head"], ["head"], ["classifier"]) for path in names):
         yield f"{name} orthogonalises an output layer; AdamW is usual"
     if getattr(rule, "layout", "in_out") == "out_in" and (owner == "Conv1D" or "ConvTranspose" in owner):
         yield f"{name} takes a {owner} for (out, in), but its weight is (in, out); give layout='in_out'"

@@ -52,4 +52,4 @@ class Cautious(Wrapper, MeasuringRule):
         agrees = alignment(heading, dx) > 0
         (share,) = yield Measurement(self, (count_true(agrees) / maximum(element_count(x), 1),))
         scale = scalar_like(1 / maximum(share, 1e-3), x)
-        return (inner,), bare * where(agrees, scale, 0 * scale) + decay
+        return (inner,), bare * where(agrees, scale, 0.0) + decay
