@@ -113,7 +113,12 @@ def detached(x: Array) -> Array:
 
 def on_meta(x: Array) -> Array:
     """A tensor's description, as a tensor on torch's ``meta`` device; NumPy arrays as they are."""
-    return x.detach().to("meta") if kind(x) == "torch" else x
+    if kind(x) != "torch":
+        return x
+    if hasattr(x, "full_tensor"):  # a DTensor: as it is in one piece
+        torch: Any = torch_if_loaded()
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return x.detach().to("meta")
 
 
 def copied(x: Array) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays import can_read, dtype_name, is_number, kind
 from ..errors import CheckpointError
 from ..tree.paths import path_of, shown
+from ..tree.sharding import Sharding, is_sharded
 from ._tensor_file import restored, stored
 
 INT64 = range(-(2**63), 2**63)
@@ -136,6 +137,9 @@ class Reader:
             return x
         if like is None:
             raise Misfit(f"{_at(at)} is {_name(x)} in the file, {_name(expected)} here")
+        if is_sharded(like) and not is_sharded(x) and tuple(x.shape) == tuple(like.shape):
+            sharding = Sharding(like)
+            x = sharding.of_parts(sharding.part_of(x))
         if tuple(x.shape) != tuple(expected.shape):
             if not fixed:
                 return x

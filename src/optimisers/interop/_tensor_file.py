@@ -21,6 +21,7 @@ import numpy as np
 
 from ..arrays import address, dtype_name, kind, torch_if_loaded
 from ..errors import CheckpointError, MissingPackageError
+from ..tree.sharding import is_sharded, whole
 
 CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
@@ -44,8 +45,10 @@ def library() -> Any:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, tensors: Mapping[str, Any], text: str) -> None:
+def write(path: Path, tensors: Mapping[str, Any], text: str, fetch: Callable[[str], Any] | None = None) -> None:
     """Write tensors (as `stored` gives them) and a text; a crash leaves the old file or the new one, whole.
+
+    ``fetch`` gives the content of a tensor by its name, where it is not at hand, in the order of `ordered`.
 
     The bytes go to a new file in the same folder, are forced to the disk, and the file then takes the place of the old one.
     A process killed on the way leaves an unfinished ``.name.*.tmp``, which a later write to this path removes once nothing
@@ -57,7 +60,7 @@ def write(path: Path, tensors: Mapping[str, Any], text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            _fill(file, tensors, text)
+            _fill(file, tensors, text, fetch or tensors.__getitem__)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -67,11 +70,16 @@ def write(path: Path, tensors: Mapping[str, Any], text: str) -> None:
     _sync_folder(path.parent)
 
 
-def _fill(file: IO[bytes], tensors: Mapping[str, Any], text: str) -> None:
+def ordered(tensors: Mapping[str, Any]) -> list[str]:
+    """The names in the order in which tensors are written: so that all lie aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def _fill(file: IO[bytes], tensors: Mapping[str, Any], text: str, fetch: Callable[[str], Any]) -> None:
     # The checksum is known only once everything is written: its place is kept, and filled in at the end.
     unknown = "0" * 64
     header: dict[str, Any] = {"__metadata__": {"optimisers": text, "sha256": unknown}}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that all lie aligned
+    names = ordered(tensors)
     end = 0
     for name in names:
         x = tensors[name]
@@ -87,7 +95,7 @@ def _fill(file: IO[bytes], tensors: Mapping[str, Any], text: str) -> None:
     file.write(len(head).to_bytes(8, "little") + head)
     digests = {}
     for name in names:
-        data = raw(tensors[name])
+        data = raw(fetch(name))
         digests[name] = (header[name]["dtype"], header[name]["shape"], sha256(data).digest())
         file.write(data)
     place = head.rindex(f'"sha256":"{unknown}"'.encode()) + len('"sha256":"')
@@ -136,8 +144,10 @@ def _sync_folder(folder: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> tuple[str, dict[str, Any]]:
+def read(path: Path, keep: Callable[[str, Any], Any] | None = None) -> tuple[str, dict[str, Any]]:
     """(text, tensors by name) of a file that `write` made; the tensors are torch's if torch is imported, else NumPy's.
+
+    ``keep`` says what is kept of each of them, which are read one after another.
 
     Sizes are checked against the file's own before anything is allocated, and the checksum before anything is returned.
     Raises CheckpointError for anything but such a file, and OSError if it cannot be opened.
@@ -162,7 +172,8 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
             tensors: dict[str, Any] = {}
             digests: dict[str, tuple[str, list[int], bytes]] = {}
             for name, code, shape in _listed(file, torch_is_there=torch is not None):
-                tensors[name] = own = _own(file.get_tensor(name))
+                own = _own(file.get_tensor(name))
+                tensors[name] = own if keep is None else keep(name, own)
                 digests[name] = (code, shape, sha256(raw(own)).digest())
     except safetensors.SafetensorError as error:
         msg = f"load: {str(path)!r} is damaged, or no checkpoint: {error}"
@@ -212,6 +223,10 @@ def stored(x: Any, where: str) -> tuple[Any, dict[str, Any]]:
     The second part holds ``dtype``, and ``axes``, the order of the axes in memory, where it is not the usual one.
     """
     torch_is = kind(x) == "torch"
+    if is_sharded(x):
+        if not x.is_complex():
+            return x.detach(), {"dtype": dtype_name(x)}  # put together when it is written
+        x = whole(x)
     if torch_is:
         x = x.detach().cpu().resolve_conj().resolve_neg()
     else:
@@ -251,7 +266,7 @@ def restored(x: Any, known: Mapping[str, Any], array_kind: str, device: Any) -> 
         msg = f"it is stored as {dtype_name(x)}, and described as {dtype}"
         raise ValueError(msg)
     axes = known.get("axes")
-    if axes is not None:
+    if axes is not None and not is_sharded(x):
         if sorted(axes) != list(range(x.ndim)):
             msg = f"{axes!r} is no order of its {x.ndim} axes"
             raise ValueError(msg)

@@ -16,7 +16,7 @@ from ..tree.leaves import find
 from ..tree.param import Param
 from ..tree.paths import unescaped
 from ..tree.state import StateTree, check_alive
-from . import _rule_text, _state_text, _tensor_file
+from . import _rule_text, _state_text, _tensor_file, _together
 from ._match import Loading, StoredEntry
 from ._state_dict import load_state_dict, name_of, state_dict
 
@@ -32,6 +32,9 @@ def save(path: str | os.PathLike[str], state: StateTree) -> None:
     The file is a safetensors file whose metadata describe the rules as JSON: no pickle, no code. It appears whole or not at
     all: a crash at any moment leaves the old file or the new one. The model is not in it; save that as you always do.
 
+    Where arrays are cut over ranks (DTensors), all ranks call it: the first one writes the file that a single process would
+    write, and each whole tensor is put together when its turn has come. `load` reads it on any number of ranks.
+
     Raises CheckpointError for a state that a file cannot hold (a number beyond 64 bits, a dtype that safetensors does not
     know), MissingPackageError without the package safetensors, and OSError where the file cannot be written.
     """
@@ -41,7 +44,7 @@ def save(path: str | os.PathLike[str], state: StateTree) -> None:
     check_alive(state)
     tensors: dict[str, Any] = {}
     header = _header(state, tensors)
-    _tensor_file.write(Path(path), tensors, json.dumps(header, separators=(",", ":"), allow_nan=False))
+    _together.write(Path(path), tensors, json.dumps(header, separators=(",", ":"), allow_nan=False))
 
 
 def load(
@@ -69,13 +72,12 @@ def load(
     if isinstance(like, StateTree):
         check_alive(like)
     path = Path(path)
-    text, tensors = _tensor_file.read(path)
+    found = None if isinstance(like, StateTree) else find(like, trainable)
+    text, tensors = _tensor_file.read(path, _together.keeping(like._slots if found is None else found.slots, rename))
     header, entries = parsed(text, str(path))
     loading = Loading(str(path), header["rules"], entries, header["untrained"], tensors, rename)
     try:
-        if isinstance(like, StateTree):
-            return loading.into_state(like, strict=strict)
-        return loading.into_model(find(like, trainable), strict=strict)
+        return loading.into_state(like, strict=strict) if found is None else loading.into_model(found, strict=strict)
     except RecursionError:
         msg = f"load: the description in {str(path)!r} is nested deeper than any rule or state"
         raise CheckpointError(msg) from None

@@ -15,8 +15,11 @@ from ..rules import ClipGrad
 from ..rules._base import AbstractRule, CompositeRule, Stages, State
 from ..rules._fields import whole
 from ..rules._norm import NormRule
+from ..rules._states import map_state
 from ..tree.param import Param
 from ..tree.paths import parts_of
+from ..tree.sharding import Sharding
+from ..tree.sharding import whole as whole_array
 from ..tree.state import StateTree
 from ..tree.structure import is_module
 from .update import checked_leaves, no_grad, prepare
@@ -79,6 +82,7 @@ def metrics(
     work = prepare(state, model, grads, from_module=grads is None and module)
     jobs = jobs_of(state, state._entries, work.xs, work.dxs, range(len(work.xs)))
     with no_grad(), without_autocast():
+        jobs = {i: _whole(job, state._slots[i].sharding) for i, job in jobs.items()}
         if after is None:
             watched = {i: _watched(job) for i, job in jobs.items()}
             outcomes = step([w.job for w in watched.values()])
@@ -88,7 +92,7 @@ def metrics(
             ]
         else:
             leaves = checked_leaves(state, after)
-            sizes = [_sizes(job, leaves[state._slots[i].places[0].leaf], []) for i, job in jobs.items()]
+            sizes = [_sizes(job, whole_array(leaves[state._slots[i].places[0].leaf]), []) for i, job in jobs.items()]
     if not all(can_read(value) for row in sizes for value in row):
         msg = "metrics are read on the host, which cannot be done inside torch.func transforms or torch.compile"
         raise ArgumentError(msg)
@@ -96,6 +100,14 @@ def metrics(
     for i, row in zip(jobs, read_all(sizes), strict=True):
         groups.setdefault(_label(state._slots[i].param, by), []).append(row)
     return {label: _together(rows, stepped=after is None) for label, rows in groups.items()}
+
+
+def _whole(job: Job, sharding: Sharding | None) -> Job:
+    """The same with whole arrays, where they are cut over ranks."""
+    if sharding is None:
+        return job
+    x, dx = (whole_array(sharding.of_parts(part)) for part in (job.x, job.dx))
+    return job._replace(state=map_state(whole_array, job.state), x=x, dx=dx)
 
 
 def _label(param: Param, by: int | Callable[[Param], str] | None) -> str:

@@ -21,7 +21,7 @@ from ..tree.leaves import Slot, find, refuse_inference, refuse_unsteppable
 from ..tree.param import Param
 from ..tree.paths import shown
 from ..tree.sealed import Plan
-from ..tree.sharding import cut_state, local, sharded_state, whole
+from ..tree.sharding import cut_state, is_sharded, local, sharded_state, whole
 from ..tree.state import StateTree
 from .agreement import check_agreement
 from .route import Chooser
@@ -155,6 +155,8 @@ def _sharded_state(rule: AbstractRule, slot: Slot, x: Any, dtype: str | None) ->
     """The state for a DTensor: made for the part on this rank if the rule steps parts, else for the whole array and cut."""
     sharding: Any = slot.sharding
     alone = replace(slot, sharding=None)
+    if not is_sharded(x):  # an example of the whole array
+        return initial_state(rule, alone, x, dtype)
     if not lies_well(local(x), sharding):
         msg = (
             f"the part of the DTensor at {shown(slot.path)} on this rank has gaps in memory (shape {tuple(local(x).shape)}, "

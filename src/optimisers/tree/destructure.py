@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import kind, plain, torch_if_loaded
 from ..errors import ArgumentError, ModelError, described
 from .leaves import Found, Slot, find, refuse_unsteppable
+from .sharding import is_sharded
 
 
 def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -27,6 +28,12 @@ def destructure(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     found = _found(model)
     arrays = [plain(found.leaves[slot.places[0].leaf]) for slot in found.slots]
     kinds = {slot.kind for slot in found.slots}
+    if any(map(is_sharded, arrays)):
+        msg = (
+            "destructure needs whole arrays, and this model has DTensors, of which each rank holds a part; give it "
+            "{name: p.full_tensor() for name, p in ...} for a vector of everything, or to_local() for one of this rank's parts"
+        )
+        raise ModelError(msg)
     if len(kinds) > 1:
         msg = "destructure needs all arrays of one kind; this model has NumPy arrays and torch tensors: take them one by one"
         raise ModelError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, final
 from ..arrays import dtype_name, is_concrete, is_number, kind, torch_if_loaded
 from ..rules._base import AbstractRule
 from ..rules._states import map_state, state_leaves
+from .sharding import local, with_parts
 
 
 class Lease:
@@ -89,6 +91,12 @@ class Entry:
         new.__dict__.update(self.__dict__, **changes)
         return new
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        fields = {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "state"}
+        # Of a DTensor that was made of its part torch copies neither.
+        state = map_state(lambda leaf: with_parts(leaf, lambda part: copy.deepcopy(part, memo)), self.state)
+        return self.replace(state=state, **fields)
+
 
 def same_state(a: Any, b: Any) -> bool:
     """Whether two states have the same nesting, dtypes and bytes."""
@@ -107,6 +115,7 @@ def same_state(a: Any, b: Any) -> bool:
 
 def _bytes(x: Any) -> bytes:
     if kind(x) == "torch":
+        x = local(x)
         torch: Any = torch_if_loaded()
         if x.numel() == 0:  # its strides may be such that it has no view as bytes
             return b""

@@ -72,9 +72,13 @@ class Sharding:
         return tensor.DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def part_of(self, whole: Any) -> Any:
-        """This rank's part of an array that every rank holds whole, in memory of its own."""
+        """This rank's part of an array that every rank holds whole, in memory of its own; carries the graph of the whole."""
         tensor: Any = sys.modules["torch.distributed.tensor"]
-        return local(tensor.distribute_tensor(whole, self.mesh, self.placements, src_data_rank=None)).clone()
+        everywhere = [tensor.Replicate()] * len(self.placements)
+        found = tensor.DTensor.from_local(whole, self.mesh, everywhere, run_check=False).redistribute(
+            placements=self.placements
+        )
+        return local(found, graph=found.requires_grad).clone()
 
     def is_whole(self, leaf: Any) -> bool:
         """Whether something of a state is a tensor of the shape of the whole array."""
@@ -104,6 +108,11 @@ def local(x: Any, *, graph: bool = False) -> Any:
         return x
     part = x.to_local() if graph else x._local_tensor
     return part.wait() if type(part).__name__ == "AsyncCollectiveTensor" else part
+
+
+def with_parts(x: Any, f: Callable[[Any], Any]) -> Any:
+    """f(x), or for a DTensor the one of the part f(part)."""
+    return Sharding(x).of_parts(f(local(x))) if is_sharded(x) else f(x)
 
 
 def local_state(state: Any) -> Any:

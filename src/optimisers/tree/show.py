@@ -15,6 +15,7 @@ from ..rules._base import AbstractRule, children
 from ..rules._states import state_leaves
 from ..rules.wrappers.chain import OptimiserChain
 from .fold import fold
+from .sharding import local_state
 
 if TYPE_CHECKING:
     from .leaves import Slot
@@ -45,6 +46,8 @@ class Row(NamedTuple):
     kind: str
     """The rule without its fields."""
     reason: str
+    here: int
+    """Bytes on this rank, of an array that is cut over ranks."""
 
     @classmethod
     def of(cls, slot: Slot, rule: AbstractRule | None, state: Any, *, frozen: bool, reason: str) -> Row:
@@ -53,7 +56,8 @@ class Row(NamedTuple):
         texts = ("not trained", "not trained") if rule is None else (rule_text(rule), rule_kind(rule))
         if rule is not None and (remark := rule.remark(tuple(slot.param.shape))):
             reason = f"{reason}; {remark}"
-        return cls(path, shape, slot.dtype, slot.param.size, state_bytes(state), frozen and rule is not None, *texts, reason)
+        size, used, here = slot.param.size, state_bytes(state), state_bytes(local_state(state))
+        return cls(path, shape, slot.dtype, size, used, frozen and rule is not None, *texts, reason, here)
 
 
 def rows_of(state: StateTree) -> list[Row]:
@@ -85,7 +89,7 @@ def state_table(rows: Sequence[Row], *, full: bool = False) -> str:
 def _cells(rows: Sequence[Row], *, folded: bool = True) -> _Table:
     groups = [(row.path, [i]) for i, row in enumerate(rows)]
     if folded:
-        groups = [(f.path, f.members) for f in fold([row.path for row in rows], [row[1:] for row in rows])]
+        groups = [(f.path, f.members) for f in fold([row.path for row in rows], [row[1:-1] for row in rows])]
     lines = []
     for path, members in groups:
         row, count = rows[members[0]], len(members)
@@ -93,7 +97,9 @@ def _cells(rows: Sequence[Row], *, folded: bool = True) -> _Table:
         used = bytes_text(row.bytes * count)
         lines.append([path, times, row.shape, row.dtype, used, "frozen" if row.frozen else "", row.rule, row.reason])
     size, total = sum(row.size for row in rows), sum(row.bytes for row in rows)
+    here = sum(row.here for row in rows)
     note = f"{len(rows)} array{'' if len(rows) == 1 else 's'}, {size:,} parameters, {bytes_text(total)} of state"
+    note += f", {bytes_text(here)} of it on this rank" if here != total else ""
     if len(rows) > 1 and len({(row.rule, row.reason) for row in rows}) == 1:
         return _Table(_HEAD[:_RULE], [line[:_RULE] for line in lines], [f"all: {rows[0].rule} ({rows[0].reason})", note])
     return _Table(list(_HEAD), lines, [note])
