@@ -4,9 +4,16 @@ import pytest
 
 pytest.importorskip("torch.distributed.tensor")
 
+import warnings
+
+import torch
+
+import optimisers as opt
 import sharded
+import sharded_files as files
 import sharded_models as models
-from ranks import Ranks
+from optimisers.interop import _tensor_file
+from ranks import RankError, Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -107,3 +114,87 @@ def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
     for calls in (two if count == 2 else four).run(models.communication, "Muon"):
         assert {call for call, _ in calls} == {"exchange"}
         assert sum(sent for _, sent in calls) <= 2 * 1.2 * matrices * (count - 1) / count / count
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def three():
+    ranks = Ranks(3)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize(("rule", "flat"), [("Muon", False), ("AdamW", True), ("Apollo", False)])
+def test_torchs_distributed_checkpoint_is_loaded_on_another_number_of_ranks(one, two, three, four, tmp_path, rule, flat):
+    four.run(files.save_with_dcp, str(tmp_path), rule, flat)
+    for ranks in (two, one, three) if rule == "Muon" else (two,):
+        assert max(ranks.run(files.load_with_dcp, str(tmp_path), rule, flat)) <= 5e-6
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Muon", "Apollo"])
+def test_a_file_is_saved_by_four_ranks_and_loaded_by_others(one, two, four, tmp_path, rule):
+    path = str(tmp_path / "state.safetensors")
+    model = four.run(files.save_file, path, rule)[0]
+    for ranks in (two, one):
+        assert max(ranks.run(files.load_file, path, rule, model)) <= 5e-6
+
+
+def test_the_file_is_what_a_single_process_writes(two, tmp_path):
+    two.run(files.save_file, str(tmp_path / "several"), "AdamW")
+    with warnings.catch_warnings():
+        files.quietly()
+        state, _ = files.trained(models.RULES["AdamW"], module=models.net())
+    opt.save(tmp_path / "one", state)
+    text, tensors = _tensor_file.read(tmp_path / "one")
+    others_text, others = _tensor_file.read(tmp_path / "several")
+    assert others_text == text
+    assert {name: x.dtype for name, x in others.items()} == {name: x.dtype for name, x in tensors.items()}
+    assert all(torch.allclose(others[name], x, rtol=1e-5, atol=1e-7) for name, x in tensors.items())
+
+
+def test_an_error_of_the_rank_that_writes_is_told_on_all(two, tmp_path):
+    first, second = two.run(files.save_where_nobody_can, str(tmp_path / "no folder" / "state"))
+    assert "No such file" in first
+    assert "rank 0, which writes the file, could not" in second
+    assert "No such file" in second
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_while_a_file_is_written_leaves_the_old_one(tmp_path, victim):
+    path = tmp_path / "state.safetensors"
+    ranks = Ranks(4)
+    try:
+        with pytest.raises(RankError, match="exit code 7"):
+            ranks.run(files.die_while_saving, str(path), victim)
+    finally:
+        ranks.stop()
+    state = opt.load(path, like=models.net())
+    assert state["0.weight"].state[2][0] == pytest.approx(0.9**2)  # the power of beta after one step
+
+
+def test_the_rest_of_the_library(two):
+    assert "full_tensor()" in agree(two.run(files.the_rest))
+
+
+def test_one_norm_over_arrays_of_all_kinds(two):
+    assert max(agree(two.run(files.one_norm_over_all_kinds))) <= 1e-7
+
+
+# --- the processes themselves -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_hang_are_ended_and_say_where_they_were():
+    ranks = Ranks(2)
+    with pytest.raises(RankError, match="in hang_on_the_second"):
+        ranks.run(models.hang_on_the_second, limit=5)
+    assert ranks.run(models.rank_of) == [0, 1]
+    ranks.stop()
