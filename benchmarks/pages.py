@@ -18,10 +18,11 @@ PAGES = (DOCS / "index.md", DOCS / "benchmarks.md")
 PICTURE = DOCS / "images" / "benchmarks.png"
 PART = re.compile(r"(<!-- measured: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+SMALL = ("update_", "adjust, update_", "adapter, LambdaLR")
 GROUPS: dict[str, Callable[[Row], bool]] = {
     "in place": lambda row: row.case.startswith(("gpt2/", "rules/", "wave/")) and row.ours.startswith("update_"),
     "pure": lambda row: row.ours == "update" and row.unit == "s",
-    "small": lambda row: row.case.startswith(("leaves/", "slope/count")) and row.ours == "update_",
+    "small": lambda row: row.case.startswith(("leaves/", "slope/count")) and row.ours in SMALL,
     "matrices": lambda row: row.case.startswith(("muon/", "soap/", "kin/")),
     "others": lambda row: row.case.startswith(("numpy/", "first/")),
     "memory": lambda row: row.case.startswith("memory/"),

@@ -463,6 +463,27 @@ def test_a_step_that_is_like_the_last_one_prepares_nothing(switch, monkeypatch):
         state = opt.adjust(state, eta=0.1 / (step + 2))
 
 
+def test_a_change_of_rules_makes_no_entry_for_what_loops_step(switch):
+    """Also beside arrays that no loop steps: the entries of the others are out of date, and nobody asks for them."""
+    switch("1")
+    draw = Draw("numpy", "float32")
+    model = {"z": draw(3).astype("complex64"), **{f"w{i}": draw(4) for i in range(5)}}
+    grads = {key: 0.5 * x for key, x in model.items()}
+    lines = []
+    for way in ("1", "rules"):
+        switch(way)
+        state, x = opt.setup(opt.Momentum(), model), model
+        for step in range(4):
+            if step:
+                state = opt.adjust(state, 0.1 / step, where="w3" if step == 2 else None)
+            state, x = opt.update(state, x, grads)
+        assert way == "rules" or (held(state) == 5 and state._by_kind._shown is None)
+        lines.append((x, state))
+    assert raw(lines[0][0]) == raw(lines[1][0])
+    assert lines[0][1] == lines[1][1]
+    assert [state["w1"].rule.eta for _, state in lines] == [0.1 / 3] * 2
+
+
 def test_lines_that_branch_do_not_share_what_is_remembered(switch):
     switch("1")
     draw = Draw("numpy", "float32")

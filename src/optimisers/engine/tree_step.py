@@ -136,8 +136,8 @@ def _wants_graph(given: Given, grouped: GroupedState | None, *, ordinary: bool) 
         return True
     if by_group is not None and not by_group.ungrouped:
         return False
-    entries, slots = (tree._entries, range(len(given.xs))) if by_group is None else (tree._heads, by_group.ungrouped)
-    return autograd.wants_graph((entries[i], given.xs[i], given.dxs[i]) for i in slots)
+    entries = enumerate(tree._entries) if by_group is None else ((i, tree._by_kind.at(i)) for i in by_group.ungrouped)
+    return autograd.wants_graph((entry, given.xs[i], given.dxs[i]) for i, entry in entries)
 
 
 class _NoKernels(Exception):  # noqa: N818 (a signal)
@@ -225,7 +225,7 @@ class _Step:
         slots = [*self.grouped.ungrouped, *members]
         if not slots:
             return {}
-        jobs = jobs_of(self.given.tree, self._entries, self.given.xs, self.given.dxs, slots)
+        jobs = jobs_of(self.given.tree, {i: self._entry(i) for i in slots}, self.given.xs, self.given.dxs)
         for i, sharding in self._cut(jobs):
             if jobs[i].rule.law == "elementwise":
                 jobs[i] = jobs[i]._replace(state=local_state(jobs[i].state))
@@ -240,11 +240,10 @@ class _Step:
         found = ((i, self.given.tree._slots[i].sharding) for i in slots)
         return [(i, sharding) for i, sharding in found if sharding is not None]
 
-    @property
-    def _entries(self) -> tuple[Entry, ...]:
-        """The entries of all that the rules step; others may be out of date."""
+    def _entry(self, slot: int) -> Entry:
+        """The entry of what a rule steps."""
         tree = self.given.tree
-        return tree._heads if tree._grouped is self.grouped and not self.misfits else tree._entries
+        return tree._by_kind.at(slot) if tree._grouped is self.grouped and not self.misfits else tree._entries[slot]
 
     def _run(self, jobs: dict[int, Job]) -> None:
         """Run all rules and measures. From where leases are ended on, nothing can fail but for lack of memory."""
@@ -259,9 +258,8 @@ class _Step:
         if self.given.in_place:
             for old in self.grouped.leases():
                 old.ended = True
-            entries = self._entries if self.grouped.ungrouped else ()
             for i in self.grouped.ungrouped:
-                entries[i].lease.ended = True
+                self._entry(i).lease.ended = True
         for track in packed:
             self.outcomes.update(track.commit())
 
@@ -281,19 +279,18 @@ class _Step:
 
     def _state(self, group_states: list[GroupState]) -> StateTree:
         """The new state: groups, and entries of what the rules have stepped."""
-        tree, grouped, ungrouped = self.given.tree, self.grouped, set(self.grouped.ungrouped)
+        tree, grouped = self.given.tree, self.grouped
         heads = tree._by_kind
         if tree._grouped is not grouped:  # no old arrays are kept alive by entries that are only heads from now on
             where = grouped.where
             heads = Heads(e if where[i] is None else e.replace(state=None) for i, e in enumerate(heads.entries))
-        if ungrouped:
-            entries, old = self._entries, heads.entries
-            heads = Heads(self._after(i, entry) if i in ungrouped else old[i] for i, entry in enumerate(entries))
+        if grouped.ungrouped:
+            heads = heads.with_states({i: self._after(i, self._entry(i)) for i in grouped.ungrouped})
         changed = self._put_misfits(group_states)
         state = rebuilt(tree, heads, grouped.next(group_states, self.lease))
         if not changed:
             return state
-        return rebuilt(tree, [self._after(i, self._entries[i]) if i in changed else e for i, e in enumerate(state._entries)])
+        return rebuilt(tree, [self._after(i, self._entry(i)) if i in changed else e for i, e in enumerate(state._entries)])
 
     def _after(self, slot: int, entry: Entry) -> Entry:
         outcome, sharding = self.outcomes.get(slot), self.given.tree._slots[slot].sharding
@@ -317,7 +314,7 @@ class _Step:
 
     def _lease_of(self, slot: int, state: Any) -> Lease:
         """The lease of a new state: the old one's as well, if they share an array."""
-        entry = self._entries[slot]
+        entry = self._entry(slot)
         old = [leaf for leaf in state_leaves(entry.state) if kind(leaf)]
         shares = any(leaf is other for leaf in state_leaves(state) for other in old)
         return Lease.of([self.lease, entry.lease]) if shares and not entry.lease.ended else self.lease

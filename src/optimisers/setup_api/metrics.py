@@ -80,7 +80,7 @@ def metrics(
         msg = f"metrics: by= takes a number of leading keys >= 0, or a function from Param to a name; got {described(by)}"
         raise ArgumentError(msg)
     work = prepare(state, model, grads, from_module=grads is None and module)
-    jobs = jobs_of(state, state._entries, work.xs, work.dxs, range(len(work.xs)))
+    jobs = jobs_of(state, dict(enumerate(state._entries)), work.xs, work.dxs)
     with no_grad(), without_autocast():
         jobs = {i: _whole(job, state._slots[i].sharding) for i, job in jobs.items()}
         if after is None:

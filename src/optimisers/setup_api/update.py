@@ -182,7 +182,7 @@ def _check_tie(slot: Slot, leaves: list[Any], paths: Sequence[str]) -> None:
 def _check(state: StateTree, chosen: Iterable[int], xs: list[Any], dxs: list[Any], given: list[Any], *, in_place: bool) -> None:
     """Check parameters and gradients of some slots one by one, add the gradients of tied places, take arrays as plain ones."""
     for i in chosen:
-        slot, head = state._slots[i], state._heads[i]
+        slot, head = state._slots[i], state._by_kind.at(i)
         _check_parameter(slot, xs[i])
         if head.frozen or head.rule is None:
             dxs[i] = None
@@ -205,7 +205,7 @@ def _check_device(slot: Slot, state: StateTree, i: int, x: Any) -> None:
     grouped = state._grouped is not None and state._grouped.holds(i)
     if grouped and x.is_cpu:
         return
-    device = device_of(state._entries[i].state if grouped else state._heads[i].state)
+    device = device_of(state._entries[i].state if grouped else state._by_kind.at(i).state)
     if device is not None and device != x.device:
         remedy = f"move the state as well, state = opt.to(state, device={str(x.device)!r})"
         if device.type == "meta":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, final
 
@@ -80,6 +80,24 @@ class Heads:
                 for entry, rule in zip(self.given, self.rules.each(), strict=True)
             )
         return self._shown
+
+    def at(self, i: int) -> Entry:
+        """The entry of one slot."""
+        entry = self.given[i]
+        if not self._changed:
+            return entry
+        rule = self.rules.of(i)
+        return entry if entry.rule is rule else entry.replace(rule=rule)
+
+    def with_states(self, changed: Mapping[int, Entry]) -> Heads:
+        """The same with other states in some entries; their rules are what they were."""
+        given = list(self.given)
+        for i, entry in changed.items():
+            given[i] = entry
+        new = Heads(given)
+        new.rules, new.firsts, new.idle = self.rules, self.firsts, self.idle
+        new._changed = self._changed
+        return new
 
     def split(self, labels: Sequence[Hashable]) -> Heads:
         """The same, with kinds of which all slots have one label."""

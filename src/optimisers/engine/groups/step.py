@@ -135,7 +135,8 @@ class GroupStep:
             track.write(new_xs, columns)
             track.count(counters)
         if new_xs is None and group.library == "torch":
-            _bump_versions([self.xs[i] for i in self._stepped()])
+            stepped = self._stepped()
+            _bump_versions(self.xs if len(stepped) == group.count else [self.xs[i] for i in stepped])
         return GroupState(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
@@ -179,8 +180,8 @@ class GroupStep:
 
     def _fresh_parameters(self, pool: Pool, number: int) -> dict[int, Any]:
         group, stepped = self.group, self._stepped()
-        small = group.layout().shared
         empty_like: Any = np.empty_like if group.library == "numpy" else torch_if_loaded().empty_like  # type: ignore[union-attr]
+        small = group.layout().shared
         few = [i for i in stepped if small[i] or group.device is not None]
         new = dict(zip(few, map(empty_like, [self.xs[i] for i in few]), strict=True))
         if len(few) == len(stepped):
@@ -209,7 +210,7 @@ def _copy_into(target: Any, source: Any) -> None:
         target.copy_(source)
 
 
-def _bump_versions(tensors: list[Any]) -> None:
+def _bump_versions(tensors: Sequence[Any]) -> None:
     """Tell autograd that tensors were written, which a loop does behind its back."""
     torch: Any = torch_if_loaded()
     if any(map(torch.Tensor.is_inference, tensors)):

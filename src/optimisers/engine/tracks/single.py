@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,15 +36,12 @@ class Outcome(NamedTuple):
     x: Any
 
 
-def jobs_of(
-    tree: StateTree, entries: Sequence[Entry], xs: Sequence[Any], dxs: Sequence[Any], slots: Sequence[int]
-) -> dict[int, Job]:
-    """A job for each of these slots that has a gradient."""
+def jobs_of(tree: StateTree, entries: Mapping[int, Entry], xs: Sequence[Any], dxs: Sequence[Any]) -> dict[int, Job]:
+    """A job for each of these entries, by slot, that has a gradient."""
     jobs = {}
-    for i in slots:
-        rule = entries[i].rule
-        if dxs[i] is not None and rule is not None:
-            jobs[i] = Job(tree._slots[i].path or "(the array)", rule, host_state(entries[i]), xs[i], dxs[i])
+    for i, entry in entries.items():
+        if dxs[i] is not None and entry.rule is not None:
+            jobs[i] = Job(tree._slots[i].path or "(the array)", entry.rule, host_state(entry), xs[i], dxs[i])
     return jobs
 
 
