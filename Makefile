@@ -60,6 +60,10 @@ bench-check: .venv/.installed-torch
 bench-gpu: .venv/.installed-torch
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+# Two ranks on this machine; ARGS=--dry takes two steps each.
+bench-distributed: .venv/.installed-torch
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/distributed.py $(ARGS)
+
 # The wheel and the sdist, each tried where nothing else is installed.
 package: .venv/.installed-torch,lint
 	.ci/package.sh $(BIN)/python

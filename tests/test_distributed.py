@@ -19,6 +19,13 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")
+def one():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
 def two():
     ranks = Ranks(2)
     yield ranks
@@ -49,6 +56,10 @@ def test_every_rule_gives_what_one_process_gives_on_two_ranks(two, layout):
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "fsdp+columns", "fsdp+rows"])
 def test_every_rule_gives_what_one_process_gives_on_four_ranks(four, layout):
     assert agree(four.run(sharded.run_table, layout, "float32", 6, True, 2e-6, limit=400)) == []
+
+
+def test_a_mesh_of_one_rank_gives_what_no_mesh_gives(one):
+    assert agree(one.run(sharded.run_table, "fsdp", "float32", 4, True, 2e-6, limit=400)) == []
 
 
 def test_every_rule_gives_what_one_process_gives_in_bfloat16(two):
@@ -117,13 +128,6 @@ def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.stop()
 
 
 @pytest.fixture(scope="module")
