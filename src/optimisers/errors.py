@@ -65,6 +65,13 @@ class ConsumedStateError(OptimisersError, RuntimeError):
     """A state was used after ``update_`` had taken over its memory."""
 
 
+class UnfinishedStepError(OptimisersError, RuntimeError):
+    """``update_`` could not step some parameters, for lack of memory say, when others were written. The text names them.
+
+    The state that was given to it is then the one after this step, in which those are as if they had had no gradient.
+    """
+
+
 class CaptureError(OptimisersError, RuntimeError):
     """A step was to be recorded in a CUDA graph, which would repeat the numbers of that one step for ever."""
 

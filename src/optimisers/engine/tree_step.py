@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from .groups.step import GroupStep
 from .groups.track import GuardFailed
 from .kernels.cuda.devices import refuse_capture
 from .memory.strides import element_strides, lie_alike
+from .memory.writes import Writes
 from .tracks.gathered import Gathered
 from .tracks.scheduler import run
 from .tracks.single import Job, Outcome, Single, entry_after, jobs_of
@@ -31,11 +33,22 @@ if TYPE_CHECKING:
 
 
 class Stepped(NamedTuple):
-    """The state after a step, the values of parameters that are still to be placed, by slot, and whether they carry a graph."""
+    """A step, of which nothing is written yet if it is one in place.
+
+    Attributes:
+        state: the state after it.
+        values: the values of parameters that are still to be placed, by slot.
+        graph: whether they carry a graph.
+        writes: what a step in place is still to write.
+        without: what makes the state in which some slots are as before, since they could not be written.
+
+    """
 
     state: StateTree
     values: dict[int, Any]
     graph: bool
+    writes: Writes
+    without: Callable[[set[int]], StateTree]
 
 
 class Given(NamedTuple):
@@ -60,7 +73,7 @@ class Given(NamedTuple):
 
 
 def step_tree(given: Given) -> Stepped:
-    """Step all parameters of a state tree. New values that are not written where the old ones were are returned."""
+    """Step all parameters of a state tree. What is not written to memory of the engine's own is returned, to be written."""
     refuse_capture()
     tree, xs = given.tree, given.xs
     grouped = tree._grouped if isinstance(tree._grouped, GroupedState) else None
@@ -162,6 +175,7 @@ class _Step:
         outcomes: what the rules gave, by slot.
         values: new values that are still to be placed, by slot.
         lease: of memory that is new or taken over.
+        writes: what is to be written.
 
     """
 
@@ -173,6 +187,7 @@ class _Step:
         self.outcomes: dict[int, Outcome] = {}
         self.values: dict[int, Any] = {}
         self.lease = Lease()
+        self.writes = Writes()
 
     def taken(self) -> Stepped:
         """Down to the kernels, and up again with a new state."""
@@ -185,9 +200,12 @@ class _Step:
                 aliasing.resolve(self.grouped.cache, list(self.groups.values()), jobs.values())
             with autograd.mode(graph=self.graph or not (jobs or self.gathered)):
                 self._run(jobs)
-            group_states = [self._commit(number, group_state) for number, group_state in enumerate(self.grouped.group_states)]
+            group_states = [self._plan(number, group_state) for number, group_state in enumerate(self.grouped.group_states)]
+            if not self.given.in_place:
+                self.writes.run()
         self.values.update({i: outcome.x for i, outcome in self.outcomes.items() if outcome.x is not None})
-        return Stepped(self._state(group_states), self.values, self.graph)
+        state = self._state(list(group_states))
+        return Stepped(state, self.values, self.graph, self.writes, partial(self._without, group_states))
 
     # --- down ---
 
@@ -246,7 +264,7 @@ class _Step:
         return tree._by_kind.at(slot) if tree._grouped is self.grouped and not self.misfits else tree._entries[slot]
 
     def _run(self, jobs: dict[int, Job]) -> None:
-        """Run all rules and measures. From where leases are ended on, nothing can fail but for lack of memory."""
+        """Run all rules and measures. What is to be written in place is noted."""
         packed: Sequence[Packed] = []
         if self.packs and jobs and autograd.is_eager():
             from .eager.packed import pack
@@ -256,26 +274,33 @@ class _Step:
         run([*singles.values(), *packed, *(track for step in self.groups.values() for track in step.tracks)])
         self.outcomes.update({i: single.outcome() for i, single in singles.items()})
         if self.given.in_place:
-            for old in self.grouped.leases():
-                old.ended = True
-            for i in self.grouped.ungrouped:
-                self._entry(i).lease.ended = True
+            for old in {*self.grouped.leases(), *(self._entry(i).lease for i in self.grouped.ungrouped)}:
+                self.writes.note(setattr, old, "ended", True)
         for track in packed:
-            self.outcomes.update(track.commit())
+            self.outcomes.update(track.plan(self.writes) if self.given.in_place else track.commit())
 
     # --- up ---
 
-    def _commit(self, number: int, group_state: GroupState) -> GroupState:
-        """Write what a group's kernels compute. Its state after the step."""
+    def _plan(self, number: int, group_state: GroupState) -> GroupState:
+        """Make ready what a group's kernels write. Its state after the step."""
         cache, in_place, slots = self.grouped.cache, self.given.in_place, group_state.group.slots
         if number not in self.groups:
             return group_state.leased(self.lease) if in_place else group_state
         step = self.groups[number]
-        new, made = step.commit(cache.pool, number, self.lease, in_place=in_place)
+        new, made = step.plan(self.writes, cache.pool, number, self.lease, in_place=in_place)
         self.values.update({slots[k]: x for k, x in made.items()})
         if step.prepared is not None:
-            cache.prepared[number] = step.prepared
+            self.writes.note(cache.prepared.__setitem__, number, step.prepared)
         return new
+
+    def _without(self, group_states: list[GroupState], missing: set[int]) -> StateTree:
+        """The state after the step but for some slots, which could not be written and are as before."""
+        self.outcomes = {i: outcome for i, outcome in self.outcomes.items() if i not in missing}
+        found = []
+        for new, old in zip(group_states, self.grouped.group_states, strict=True):
+            members = [k for k, i in enumerate(old.group.slots) if i in missing]
+            found.append(new.restored(old, members, self.lease) if members and new is not old else new)
+        return self._state(found)
 
     def _state(self, group_states: list[GroupState]) -> StateTree:
         """The new state: groups, and entries of what the rules have stepped."""
@@ -302,7 +327,8 @@ class _Step:
     def _put_misfits(self, group_states: list[GroupState]) -> set[int]:
         """Put the states of misfits into their groups. The slots of all if one has another form now, so that no group fits."""
         fit = True
-        for number, members in self.misfits.items():
+        for number, all_members in self.misfits.items():
+            members = [k for k in all_members if self.grouped.group_states[number].group.slots[k] in self.outcomes]
             old, new = self.grouped.group_states[number], group_states[number]
             if new is old:
                 new = group_states[number] = old.leased(None)
@@ -317,4 +343,4 @@ class _Step:
         entry = self._entry(slot)
         old = [leaf for leaf in state_leaves(entry.state) if kind(leaf)]
         shares = any(leaf is other for leaf in state_leaves(state) for other in old)
-        return Lease.of([self.lease, entry.lease]) if shares and not entry.lease.ended else self.lease
+        return Lease.of([self.lease, entry.lease]) if shares and not self.given.in_place else self.lease

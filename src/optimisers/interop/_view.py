@@ -18,18 +18,18 @@ from ._tensors import filled, named_tensors
 def shown_state(held: Held) -> defaultdict[torch.Tensor, dict[str, Any]]:
     """The view, filled if the step has moved on since; what users put beside the tensors stays."""
     if held.shown is None and held.tree is not None:
-        old = dict(held.view)
-        held.view.clear()
-        held.shown = {}
+        shown: dict[torch.Tensor, dict[str, Any]] = {}
         for known in held.groups:
             for (_, number), x in zip(known.places, known.params, strict=True):
-                held.shown[x] = {} if number < 0 else named_tensors(held.tree._entries[number].state)
+                shown[x] = {} if number < 0 else named_tensors(held.tree._entries[number].state)
         for x, (_, entry, *_) in held.parked.items():
-            held.shown[x] = named_tensors(entry.state)
-        for x, tensors in held.shown.items():
-            extra = {key: value for key, value in old.pop(x, {}).items() if not str(key).startswith("state")}
-            held.view[x] = {**tensors, **extra}
-        held.view.update(old)  # what was put there for a parameter that is still to come
+            shown[x] = named_tensors(entry.state)
+        view = {}
+        for x, tensors in shown.items():
+            extra = {key: value for key, value in held.view.get(x, {}).items() if not str(key).startswith("state")}
+            view[x] = {**tensors, **extra}
+        held.view.update(view)  # what was put there for a parameter that is still to come stays
+        held.shown = shown
     return held.view
 
 
@@ -50,8 +50,7 @@ def take_state(held: Held, dtype: str | None) -> None:
                 rule: Any = entry.rule
                 entries[number] = entry.replace(state=initial_state(rule, tree._slots[number], x, dtype))
     if entries is not None:
-        held.tree = rebuilt(tree, entries)
-        held.shown = None
+        held.tree, held.shown = rebuilt(tree, entries), None
 
 
 def _edited(before: Mapping[str, Any], now: Mapping[str, Any], entry: Entry) -> bool:

@@ -28,6 +28,7 @@ from ._layout import Rearrangement, matched_groups
 from ._options import refuse_idle_options
 from ._packing import loaded_entries, matched, packed
 from ._tensors import named_tensors
+from ._undo import undone_if_it_fails
 from ._view import shown_state, take_state
 
 
@@ -110,17 +111,12 @@ class Optimizer(torch.optim.Optimizer):
         """Take in a group; ``whole`` with what does not require grad now."""
         held = self._held
         joining = Joining(held, self._rule, self._state_dtype, named="param_names" in self.param_groups[0])
-        before = held.tree, list(held.groups), dict(held.untrained), dict(held.frozen)
-        try:
+        with undone_if_it_fails(self, held):
             for group in joining.taken(param_group, maximize=self.defaults["maximize"], alone=False, whole=whole):
                 super().add_param_group(group)
             held.bind(self.param_groups)
             self._take_entries()
-        except Exception:
-            held.tree, held.groups, held.untrained, held.frozen = before
-            del self.param_groups[len(held.groups) :]
-            raise
-        held.shown = None
+            held.shown = None
 
     # --- stepping -------------------------------------------------------------------------------------------------------
 
@@ -140,9 +136,9 @@ class Optimizer(torch.optim.Optimizer):
         params, grads = self._with_gradients()
         tree: Any = self._held.tree
         # A model may be moved after its optimizer was made: torch's own make their state later, ours has to follow.
-        tree = beside(tree, tree._structure.flatten(params))
+        self._held.tree = tree = beside(tree, tree._structure.flatten(params))
+        self._held.outdate()  # before the step: whatever is raised from here on, the tree that is held is the truth
         self._held.tree, _ = update_(tree, params, grads)
-        self._held.outdate()
         return loss
 
     def _with_gradients(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,14 +179,15 @@ class Optimizer(torch.optim.Optimizer):
         if trained != len(pairs) or not all(other is not None and _alike(s, e, other, o) for s, e, other, o in pairs):
             msg = "optimizer.tree: this state is of other parameters, or of other rules; make a new Optimizer(state, module)"
             raise StructureError(msg)
-        self._held.tree = tree if tree._slots == old._slots else rebuilt(old, [o for *_, o in pairs])
-        self._held.shown = None
-        new: Any = self._held.tree
-        for group, known in zip(self.param_groups, self._held.groups, strict=True):
-            if known.slots:
-                values = known.entries.values(new._heads[known.slots[0]].rule)
-                known.seen.update(values)
-                group.update(values)
+        with undone_if_it_fails(self, self._held):
+            self._held.tree = tree if tree._slots == old._slots else rebuilt(old, [o for *_, o in pairs])
+            self._held.shown = None
+            new: Any = self._held.tree
+            for group, known in zip(self.param_groups, self._held.groups, strict=True):
+                if known.slots:
+                    values = known.entries.values(new._heads[known.slots[0]].rule)
+                    known.seen.update(values)
+                    group.update(values)
 
     @property
     def state(self) -> defaultdict[torch.Tensor, dict[str, Any]]:
@@ -212,7 +209,9 @@ class Optimizer(torch.optim.Optimizer):
         if len(self.param_groups) != len(held.groups) or not all(
             known.is_as_known(group) for known, group in zip(held.groups, self.param_groups, strict=True)
         ):
-            self._rearrange()
+            self.state  # noqa: B018 (what was put there for new parameters is looked at after)
+            with undone_if_it_fails(self, held):
+                self._rearrange()
         for i, (known, group) in enumerate(zip(held.groups, self.param_groups, strict=True)):
             if len(group) != len(known.seen) + 3 + ("param_names" in group):
                 with naming_group(i):
@@ -223,7 +222,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _rearrange(self) -> None:
         """Make parameter lists that were changed by hand those of the state tree, whose moments follow the parameters."""
-        self.state  # noqa: B018 (what was put there for new parameters is looked at after)
         held, wanted = self._held, self.param_groups
         shown: Any = held.shown
         olds: list[Any] = matched_groups(held, wanted)
@@ -275,9 +273,10 @@ class Optimizer(torch.optim.Optimizer):
     def _take_entries(self) -> None:
         changes = [g.entries.changes(group, g.seen) for g, group in zip(self._held.groups, self.param_groups, strict=True)]
         if any(changes):
-            self._held.tree = with_entries(self._held.tree, self._held.groups, changes)
+            tree = with_entries(self._held.tree, self._held.groups, changes)
             if any(key.endswith("betas") for changed in changes for key in changed):  # powers follow
                 self._held.outdate()
+            self._held.tree = tree  # what comes after may come once more
             for known, group, changed in zip(self._held.groups, self.param_groups, changes, strict=True):
                 settle(known, group, changed, self._held.tree)
 
@@ -320,15 +319,16 @@ class Optimizer(torch.optim.Optimizer):
             news.append({**now, **new})
             changes.append(known.entries.changes(new, now))
         tree = with_entries(tree, self._held.groups, changes, loaded=True)
-        self._held.tree = tree
-        self._held.parked.clear()
-        self._held.view.clear()
-        self._held.view.update(extras)
-        self._held.shown = None
-        for group, known, new, changed in zip(self.param_groups, self._held.groups, news, changes, strict=True):
-            group.update(new)
-            known.seen.update({key: new[key] for key in known.seen})
-            settle(known, group, changed, tree)
+        with undone_if_it_fails(self, self._held):
+            self._held.tree = tree
+            self._held.parked.clear()
+            self._held.view.clear()
+            self._held.view.update(extras)
+            self._held.shown = None
+            for group, known, new, changed in zip(self.param_groups, self._held.groups, news, changes, strict=True):
+                group.update(new)
+                known.seen.update({key: new[key] for key in known.seen})
+                settle(known, group, changed, tree)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, setitem
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import dtype_name, is_compiling, kind, plain, share_memory, torch_if_loaded, without_autocast
+from ..arrays import dtype_name, is_compiling, is_plain, kind, plain, share_memory, torch_if_loaded, without_autocast
 from ..engine.groups.states import GroupedState
-from ..engine.tree_step import Given, step_tree
-from ..errors import ArgumentError, StructureError, described
+from ..engine.memory.writes import Write
+from ..engine.tree_step import Given, Stepped, step_tree
+from ..errors import ArgumentError, StructureError, UnfinishedStepError, described
 from ..tree.destructure import permuted
 from ..tree.entry import device_of
 from ..tree.gradients import given_gradients, gradient_of, refuse_untrained
 from ..tree.leaves import Slot, refuse_inference, refuse_unsteppable
 from ..tree.paths import shown
 from ..tree.sharding import Sharding, is_sharded, local, local_gradient, local_parameter, mapped
-from ..tree.state import StateTree, check_alive
+from ..tree.state import StateTree, check_alive, hand_over
 from ..tree.structure import is_module
 from ..tree.ties import refuse_cut, still_tied
 
@@ -60,8 +61,13 @@ def update(state: StateTree, model: Any, grads: Any, *, differentiable: bool = F
 
 def _update(state: StateTree, model: Any, grads: Any, *, differentiable: bool) -> tuple[StateTree, Any]:
     work = prepare(state, model, grads, graph=differentiable)
-    with without_autocast():
-        stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
+    restore = grad_mode_restored()
+    try:
+        with without_autocast():
+            stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=False, differentiable=differentiable))
+    except BaseException:
+        restore()
+        raise
     leaves = list(work.leaves)
     grouped, slots = stepped.state._grouped, state._slots
     if (
@@ -88,7 +94,8 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
 
     The state given is consumed, with every state that shares its arrays; go on with the one returned. Gradients are never
     written to. For a ``torch.nn.Module`` grads may be left out: the step then takes each parameter's ``.grad``. Carries no
-    graph. Raises as `update` does, and then has changed nothing.
+    graph. Raises as `update` does, and then has changed nothing. An interrupt while it writes is raised when all is written,
+    and `UnfinishedStepError` where that could not be: in both cases the state given is the one after the step.
     """
     if is_compiling():
         from ..engine.torch_compile import update_untraced
@@ -97,22 +104,68 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
         return update_untraced(update_, reason, state, model, grads)
     module = is_module(model)
     work = prepare(state, model, grads, from_module=grads is None and module, in_place=True)
+    stepped: Stepped | None = None
+    left: set[int] = set()
+    restore = grad_mode_restored()
+    try:
+        with no_grad(), without_autocast():
+            stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
+            leaves = _written(state, work.leaves, stepped, left)
+            result = stepped.state, state._structure.unflatten(model, leaves) if left and not module else model
+            stepped.writes.run()
+        return result  # noqa: TRY300 (until it is returned, an interrupt would lose it)
+    except BaseException as error:
+        restore()
+        if stepped is None or not stepped.writes.begun:
+            raise
+        _finish(state, stepped, left, error)
+        if not isinstance(error, Exception):
+            raise
+    return result
+
+
+def _written(state: StateTree, given: Sequence[Any], stepped: Stepped, left: set[int]) -> list[Any]:
+    """The leaves after a step in place, of which values are yet to be written; slots with one that cannot be are noted."""
+    leaves = list(given)
+    for i, new in stepped.values.items():
+        written: list[Any] = []
+        for place in state._slots[i].places:
+            x = local(leaves[place.leaf])
+            if any(share_memory(x, other) for other in written):
+                continue
+            value = permuted(new, place.permutation)
+            if value is x:
+                written.append(x)
+            elif kind(x) == "numpy" and not x.flags.writeable:
+                left.add(i)
+                leaves[place.leaf] = value
+            else:
+                write = Write(partial(setitem, x, ..., value) if kind(x) == "numpy" else partial(x.copy_, value), [i])
+                # What is not known to us comes first: if it raises, nothing has been written.
+                stepped.writes.ready.insert(len(stepped.writes.ready) if is_plain(x) else 0, write)
+                written.append(x)
+    return leaves
+
+
+def _finish(state: StateTree, stepped: Stepped, left: set[int], error: BaseException) -> None:
+    """Bring a step to its end that was stopped among its writes. The state given becomes the new one if none is returned.
+
+    Raises UnfinishedStepError if some parameters cannot be written.
+    """
     with no_grad(), without_autocast():
-        stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
-        leaves = list(work.leaves)
-        replaced = False
-        for i, new in stepped.values.items():
-            written: list[Any] = []
-            for place in state._slots[i].places:
-                x = local(leaves[place.leaf])
-                if any(share_memory(x, other) for other in written):
-                    continue
-                value = permuted(new, place.permutation)
-                if value is x or _write(x, value):
-                    written.append(x)
-                else:
-                    replaced, leaves[place.leaf] = True, value
-    return stepped.state, state._structure.unflatten(model, leaves) if replaced and not module else model
+        missing, reason = stepped.writes.finish()
+        if not missing and isinstance(error, Exception):
+            return
+        lost = missing | left  # new arrays are lost with what would have been returned
+        hand_over(state, stepped.without(lost) if lost else stepped.state)
+    if reason is not None:
+        paths = [shown(state._slots[i].path) for i in sorted(lost)]
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        msg = (
+            f"update_: {', '.join(paths[:5])}{more} could not be stepped, and everything else was: {type(reason).__name__}: "
+            f"{reason}. The state given is the one after this step now, in which they are as if they had had no gradient"
+        )
+        raise UnfinishedStepError(msg) from reason
 
 
 class Work(NamedTuple):
@@ -269,15 +322,10 @@ def retie(slot: Slot, leaves: list[Any]) -> None:
         leaves[place.leaf] = first.setdefault(place.permutation, leaves[place.leaf])
 
 
-def _write(x: Any, value: Any) -> bool:
-    """Write value into the memory of x if that is allowed."""
-    if kind(x) == "numpy":
-        if not x.flags.writeable:
-            return False
-        x[...] = value
-    else:
-        x.copy_(value)
-    return True
+def grad_mode_restored() -> Callable[[], None]:
+    """What sets torch's grad mode to what it is now, which an interrupt within a context of torch's may lose."""
+    torch = torch_if_loaded()
+    return (lambda: None) if torch is None else partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
 
 
 def no_grad() -> Any:

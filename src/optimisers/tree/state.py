@@ -247,6 +247,13 @@ def _has_ended(state: StateTree) -> bool:
     return any(entry.lease.ended for entry in state._by_kind.given)
 
 
+def hand_over(state: StateTree, new: StateTree) -> None:
+    """Make a state that is being consumed the one after the step, where an error keeps that from being returned."""
+    object.__setattr__(state, "_whole", None)
+    object.__setattr__(state, "_grouped", new._grouped)
+    object.__setattr__(state, "_by_kind", new._by_kind)
+
+
 def rebuilt(state: StateTree, entries: Iterable[Entry] | Heads, grouped: StatesByGroup | None = None) -> StateTree:
     """The same tree with other entries, or states that are held otherwise."""
     return StateTree(state._structure, state._slots, entries, grouped, plan=state._plan)

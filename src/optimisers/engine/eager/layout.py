@@ -141,3 +141,15 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     """A view of a dense tensor as one axis, in the order in which it lies in memory."""
     x = x.detach()
     return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+def copied_as(old: list[Any], pieces: list[Any]) -> list[Any]:
+    """Arrays like the old ones with these values, by one call for all."""
+    targets = [torch.empty_like(x.detach()) for x in old]
+    torch._foreach_copy_(shaped_as(targets, pieces), pieces)
+    return targets
+
+
+def shaped_as(targets: list[Any], pieces: list[Any]) -> list[Any]:
+    """The arrays, shaped as the new values are."""
+    return [x.detach() if x.shape == v.shape else flat(x) for x, v in zip(targets, pieces, strict=True)]

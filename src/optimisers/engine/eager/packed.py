@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,11 @@ from ..groups.group import Group, hyper_of
 from ..groups.track import GuardFailed, waits
 from ..groups.variant import Variant
 from ..memory.strides import is_dense
+from ..memory.writes import Portion, Write, Writes
 from ..tracks.checks import Checked
 from ..tracks.scheduler import Request, Track, beside
 from ..tracks.single import Job, Outcome
-from .layout import flat
+from .layout import copied_as, shaped_as
 from .script import Run, Script
 
 LIMIT = 2**24
@@ -67,7 +69,7 @@ def pack(jobs: dict[int, Job], *, in_place: bool) -> tuple[list[Packed], dict[in
     tracks, left = [], dict(jobs)
     for key, items in found.items():
         try:
-            tracks += list(_tracks(key, items, in_place=in_place))
+            tracks += list(_tracks(key, items))
         except Untraceable:
             continue
         for item in items:
@@ -148,7 +150,7 @@ def _traceable(dtype: str) -> str:
     return "float32" if dtype == "float16" else dtype
 
 
-def _tracks(key: Any, items: list[Item], *, in_place: bool) -> Iterator[Packed]:
+def _tracks(key: Any, items: list[Item]) -> Iterator[Packed]:
     """Tracks that cover these jobs."""
     group = Bucket(key, [item.job for item in items])
     scalars = frozenset(f"c{i}" for i in group.numbers if group.form[i].form == "scalar")
@@ -158,7 +160,7 @@ def _tracks(key: Any, items: list[Item], *, in_place: bool) -> Iterator[Packed]:
     scripts = [_script(variant, scalars) for variant, _, _ in parts]
     for (_, members, matrix), script in zip(parts, scripts, strict=True):
         for chosen in _portions(members, group.sizes):
-            yield Packed(group, script, [int(i) for i in chosen], matrix[chosen], items, in_place=in_place)
+            yield Packed(group, script, [int(i) for i in chosen], matrix[chosen], items)
 
 
 def _script(variant: Variant, scalars: frozenset[str]) -> Script:
@@ -195,17 +197,8 @@ def _memory(x: torch.Tensor) -> int:
 class Packed(Track):
     """Parameters that are stepped together, packed."""
 
-    def __init__(
-        self,
-        group: Bucket,
-        script: Script,
-        members: list[int],
-        matrix: Any,
-        items: Sequence[Item],
-        *,
-        in_place: bool,
-    ) -> None:
-        self.group, self.script, self.program, self.matrix, self.in_place = group, script, script.program, matrix, in_place
+    def __init__(self, group: Bucket, script: Script, members: list[int], matrix: Any, items: Sequence[Item]) -> None:
+        self.group, self.script, self.program, self.matrix = group, script, script.program, matrix
         self.slots = [items[i].slot for i in members]
         self.jobs, self.leaves = [items[i].job for i in members], [items[i].leaves for i in members]
         self.rules = [group.rules.of(i) for i in members]
@@ -279,62 +272,67 @@ class Packed(Track):
         ]
 
     def commit(self) -> dict[int, Outcome]:
-        """Compute new states and parameters, by slot; in place they are written where the old ones are."""
+        """Compute new states and parameters, by slot."""
         run, leaves = self._running(), self.leaves
-        # All of them before any is written: an array that is alone is not copied to be read.
         stores = [(name, run.elements(node)) for name, node in self.program.last.stores]
-        numbers = self._numbers(run, leaves)
-        new_xs: list[Any] = [None] * len(self.jobs)
-        new_leaves = [list(row) for row in leaves]
-        for name, packed in stores:
-            old = [job.x for job in self.jobs] if name == "x" else [row[int(name[1:])] for row in leaves]
-            new = self._delivered(run, packed.to(old[0].dtype), old)
-            if name == "x":
-                new_xs = new
-            else:
-                for row, value in zip(new_leaves, new, strict=True):
-                    row[int(name[1:])] = value
-        if not self.in_place:  # what is unchanged is copied: a step in place may write to it later, but not to the old state
-            written = {name for name, _ in stores}
-            for i in (i for i in self.group.arrays if f"s{i}" not in written):
-                old = [row[i] for row in leaves]
-                for row, value in zip(new_leaves, _written(old, old, in_place=False), strict=True):
-                    row[i] = value
-        for i, values in numbers.items():
-            for row, value in zip(new_leaves, values, strict=True):
-                row[i] = value
-        self._run = None
-        template = self.group.template
-        return {
-            slot: Outcome(filled(template, iter(row)), x) for slot, row, x in zip(self.slots, new_leaves, new_xs, strict=True)
-        }
-
-    def _numbers(self, run: Run, leaves: list[list[Any]]) -> dict[int, list[Any]]:
-        """The new numbers of the states."""
-        found: dict[int, list[Any]] = {}
+        new: dict[str, list[Any]] = {name: [row[int(name[1:])] for row in leaves] for name in self._arrays()}
+        new |= {name: self._delivered(run, packed, self._old(name)) for name, packed in stores}
+        written = {name for name, _ in stores}
+        # What is unchanged is copied: a step in place may write to it later, but not to the old state.
+        new |= {name: copied_as(new[name], new[name]) for name in self._arrays() if name not in written}
         for name, node in self.program.numbers.items():
-            i = int(name[1:])
-            part = self.group.form[i]
-            if part.form == "scalar":
-                values = run.number(node).to(getattr(torch, part.dtype))
-                found[i] = _written([row[i] for row in leaves], list(values.unbind()), in_place=self.in_place)
-            else:
-                number = int if part.dtype == "int" else float
-                found[i] = [number(value) for value in run.host[id(node)].tolist()]
-        return found
+            if name in self.script.scalars:
+                old = self._old(name)
+                new[name] = copied_as(old, list(run.number(node).to(old[0].dtype).unbind()))
+        self._run = None
+        return self._outcomes(run, new)
+
+    def plan(self, writes: Writes) -> dict[int, Outcome]:
+        """As `commit`, in place and later: what is written is computed when its turn comes."""
+        names = [name for name, _ in self.program.last.stores] + [n for n in self.program.numbers if n in self.script.scalars]
+        targets = {name: [x if _is_writable(x) else torch.empty_like(x.detach()) for x in self._old(name)] for name in names}
+        size = sum(job.x.numel() for job in self.jobs)
+        outcomes = self._outcomes(self._running(), dict(targets))
+        writes.portions.append(Portion(self.slots, size, partial(self._writes, targets)))
+        return outcomes
+
+    def _writes(self, targets: dict[str, list[Any]]) -> list[Write]:
+        """What is written in place, computed: all of it, since an array that is alone is not copied to be read."""
+        run, found = self._running(), {}
+        for name, node in self.program.last.stores:
+            found[name] = run.layout.unpack(run.elements(node).to(targets[name][0].dtype))
+        for name, node in self.program.numbers.items():
+            if name in targets:
+                found[name] = list(run.number(node).to(targets[name][0].dtype).unbind())
+        calls = [partial(torch._foreach_copy_, shaped_as(targets[name], new), new) for name, new in found.items()]
+        return [*(Write(call, self.slots) for call in calls), Write(partial(setattr, self, "_run", None))]
+
+    def _arrays(self) -> list[str]:
+        return [f"s{i}" for i in self.group.arrays]
+
+    def _old(self, name: str) -> list[Any]:
+        return [job.x for job in self.jobs] if name == "x" else [row[int(name[1:])] for row in self.leaves]
+
+    def _outcomes(self, run: Run, new: dict[str, list[Any]]) -> dict[int, Outcome]:
+        """The outcomes, by slot, of which these are the arrays and numbers on the device; those on the host are known."""
+        rows = [list(row) for row in self.leaves]
+        for name, node in self.program.numbers.items():
+            if name not in new:
+                number = int if self.group.form[int(name[1:])].dtype == "int" else float
+                new[name] = [number(value) for value in run.host[id(node)].tolist()]
+        xs = new.pop("x", [None] * len(rows))
+        for name, values in new.items():
+            for row, value in zip(rows, values, strict=True):
+                row[int(name[1:])] = value
+        template = self.group.template
+        return {slot: Outcome(filled(template, iter(row)), x) for slot, row, x in zip(self.slots, rows, xs, strict=True)}
 
     def _delivered(self, run: Run, packed: torch.Tensor, old: list[Any]) -> list[Any]:
         """Each array's own new values, in its own memory."""
-        if len(old) == 1 and not (self.in_place and _is_writable(old[0])):
+        packed = packed.to(old[0].dtype)
+        if len(old) == 1:
             return [packed if packed.stride() == old[0].stride() else torch.empty_like(old[0].detach()).copy_(packed)]
-        return _written(old, run.layout.unpack(packed), in_place=self.in_place)
-
-
-def _written(old: list[Any], pieces: list[Any], *, in_place: bool) -> list[Any]:
-    """Arrays like the old ones with these values, or the old ones, by one call for all."""
-    targets = [x if in_place and _is_writable(x) else torch.empty_like(x.detach()) for x in old]
-    torch._foreach_copy_([x.detach() if x.shape == v.shape else flat(x) for x, v in zip(targets, pieces, strict=True)], pieces)
-    return targets
+        return copied_as(old, run.layout.unpack(packed))
 
 
 def _is_writable(x: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ No number is read from the device but what rules check or decide by.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from ...arrays import Tape
@@ -15,6 +15,7 @@ from ..kernels.cuda.source import Kernel, measure_name
 from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector
+from ..memory.writes import Write, Writes
 from ..shards.measures import Unfinished
 from ..tracks.checks import Checked
 from ..tracks.scheduler import Request
@@ -69,18 +70,26 @@ class DeviceTrack(GroupTrack):
 
     def _launch(self, kernel: Kernel, table: Table, *, pieces: bool, stack: int = -1, partial: int = 0) -> None:
         """Launch a kernel, with a block for each piece or for each array."""
+        self._ready(kernel, table, pieces=pieces, stack=stack, partial=partial)()
+
+    def _ready(self, kernel: Kernel, table: Table, *, pieces: bool, stack: int = -1, partial: int = 0) -> Callable[[], Any]:
+        """The launch of a kernel as one call, which does nothing if it is made again."""
         if not len(table.pieces):  # no part of these arrays is here
-            return
+            return int  # which does nothing
         memory = self._here()
         launch = self._launches.get((kernel.name, stack))
         if launch is None:
             launch = self._launches[kernel.name, stack] = Launch(self.loops, kernel, table.members, self.matrix)
         work = memory.work(table)
-        launch(work, memory, work.pieces if pieces else work.arrays, partial)
+        return launch.ready(work, memory, work.pieces if pieces else work.arrays, partial)
 
     def _call(self, index: int, work: Table, *, stack: int = -1, out_of_place: bool = False) -> list[Any]:  # noqa: ARG002
         self._launch(self.loops.source.passes[index], work, pieces=True, stack=stack)
         return []
+
+    def _write(self, members: Any, work: Table, *, kept: Any, stack: int = -1, out_of_place: bool = False) -> Write:  # noqa: ARG002
+        call = self._ready(self.loops.source.passes[self._pass], work, pieces=True, stack=stack)
+        return Write(call, self._slots(members), kept)
 
     def _sums(self, boundary: int) -> Generator[Unfinished, list[Vector], None]:
         source, memory = self.loops.source, self._here()
@@ -150,13 +159,13 @@ class DeviceTrack(GroupTrack):
 
     # --- the end of a step ---
 
-    def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
+    def plan(self, writes: Writes, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
         group, source = self.group, self.loops.source
         for k, i in enumerate(group.scalars, len(group.arrays)):
             self._point(source.pointers.index(f"new c{i}"), columns[k].addresses())
-        super().write(new_xs, columns)
+        super().plan(writes, new_xs, columns)
         if source.finish is not None:
-            self._launch(source.finish, self.work, pieces=False)
+            writes.after.append(Write(self._ready(source.finish, self.work, pieces=False)))
 
     def count(self, counters: Vector) -> None:
         chosen: Any = slice(None) if self.whole else self.members

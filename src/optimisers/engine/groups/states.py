@@ -65,6 +65,16 @@ class GroupState:
         columns = [column if lease is None else column.leased(lease) for column in self.columns]
         return GroupState(self.group, columns, self.counters.copy())
 
+    def restored(self, old: GroupState, members: list[int], lease: Lease) -> GroupState:
+        """With what some parameters had before, in the memory where it was."""
+        columns = [
+            new.replaced({m: old.array(k, m) for m in members}, dict.fromkeys(members, lease))
+            for k, new in enumerate(self.columns)
+        ]
+        counters = self.counters.copy()
+        counters[members] = old.counters[members]
+        return GroupState(self.group, columns, counters)
+
     def put(self, states: dict[int, Any], leases: dict[int, Lease]) -> bool:
         """Take the states of parameters that were stepped otherwise; False if one has another form now."""
         group = self.group

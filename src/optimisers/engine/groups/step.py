@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...tree.entry import Lease
 from ..graph.program import COMPILED
 from ..memory.pool import SMALL, Column, Pool
 from ..memory.strides import Vector, addresses_of, element_strides, is_loopable, laid_out_as, lie_alike, native_dtype, places
+from ..memory.writes import Writes
 from .device_track import DeviceTrack
 from .states import GroupState
 from .track import GroupTrack, PreparedStep
@@ -122,8 +123,10 @@ class GroupStep:
             track.point(self.x_addresses, self.dx_addresses)
         return False
 
-    def commit(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> tuple[GroupState, dict[int, Any]]:
-        """Write, in place or to memory of a pool. The state after the step, and the new parameters by member.
+    def plan(
+        self, writes: Writes, pool: Pool, number: int, lease: Lease, *, in_place: bool
+    ) -> tuple[GroupState, dict[int, Any]]:
+        """Make ready what is to be written, in place or to memory of a pool. The state after it, and new parameters by member.
 
         Memory that is new or taken over has this lease; what an old state still has a part in keeps its own.
         """
@@ -132,11 +135,10 @@ class GroupStep:
         new_xs = None if in_place else self._fresh_parameters(pool, number)
         counters = old.counters.copy()
         for track in self.tracks:
-            track.write(new_xs, columns)
+            track.plan(writes, new_xs, columns)
             track.count(counters)
         if new_xs is None and group.library == "torch":
-            stepped = self._stepped()
-            _bump_versions(self.xs if len(stepped) == group.count else [self.xs[i] for i in stepped])
+            writes.note(_bump_versions(), self._tracked())
         return GroupState(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
@@ -169,6 +171,13 @@ class GroupStep:
     def _stepped(self) -> list[int]:
         """The members whose parameters move."""
         return [i for track in self.tracks if track.program.steps for i in track.members.tolist()]
+
+    def _tracked(self) -> list[Any]:
+        """The tensors that are written and have a version."""
+        stepped = self._stepped()
+        xs = list(self.xs) if len(stepped) == self.group.count else [self.xs[i] for i in stepped]
+        torch: Any = torch_if_loaded()
+        return [x for x in xs if not x.is_inference()] if any(map(torch.Tensor.is_inference, xs)) else xs
 
     def _others(self, writers: list[Vector]) -> list[int]:
         """The members that are in none of these parts of the group."""
@@ -210,9 +219,7 @@ def _copy_into(target: Any, source: Any) -> None:
         target.copy_(source)
 
 
-def _bump_versions(tensors: Sequence[Any]) -> None:
-    """Tell autograd that tensors were written, which a loop does behind its back."""
+def _bump_versions() -> Callable[[list[Any]], None]:
+    """What tells autograd that tensors were written, which a loop does behind its back."""
     torch: Any = torch_if_loaded()
-    if any(map(torch.Tensor.is_inference, tensors)):
-        tensors = [x for x in tensors if not x.is_inference()]
-    torch.autograd.graph.increment_version(tensors)
+    return torch.autograd.graph.increment_version  # type: ignore[no-any-return]

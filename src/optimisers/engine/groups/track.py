@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..graph.program import Boundary, Pass, Program, Transform, inner
 from ..kernels.work import Table
 from ..memory.pool import Column
 from ..memory.strides import Vector, addresses_of, element_strides, laid_out_as, lie_alike, native_dtype, places
+from ..memory.writes import Portion, Write, Writes
 from ..shards.measures import NEUTRAL, Unfinished
 from ..tracks.scheduler import Request, Track
 from .group import Columns, Group, holding
@@ -93,11 +95,23 @@ class GroupTrack(Track):
 
     def _call(self, index: int, work: Table, *, stack: int = -1, out_of_place: bool = False) -> list[Any]:
         """Run a pass over all arrays, or over a stack of them."""
+        return self._prepared(index, work, stack=stack, out_of_place=out_of_place)()  # type: ignore[no-any-return]
+
+    def _prepared(self, index: int, work: Table, *, stack: int = -1, out_of_place: bool = False) -> Any:
         known, call = self._calls.get((index, stack, out_of_place), (None, None))
         if known is not work:
             call = self.loops.prepare(index, work, self.pointers, self.matrix, out_of_place=out_of_place)
             self._calls[index, stack, out_of_place] = work, call
-        return call()  # type: ignore[misc, no-any-return]
+        return call
+
+    def _write(self, members: Any, work: Table, *, kept: Any, stack: int = -1, out_of_place: bool = False) -> Write:
+        """The last pass over some of the arrays, ready to be made. ``kept`` is what it reads."""
+        call = self._prepared(self._pass, work, stack=stack, out_of_place=out_of_place)
+        return Write(call.ready(), self._slots(members), (call, kept))
+
+    def _slots(self, members: Sequence[int] | Vector) -> list[int]:
+        slots = self.group.slots
+        return slots if len(members) == len(slots) else [slots[i] for i in members]
 
     def advance(self, answer: Any) -> Request | Unfinished | None:
         try:
@@ -226,8 +240,8 @@ class GroupTrack(Track):
                     faults.append(f"{type(own).__name__} at {self.group.paths[int(member)]!r}: {fault}")
         return faults
 
-    def write(self, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
-        """Run the last pass. New parameters go to ``new_xs``, or into the old ones."""
+    def plan(self, writes: Writes, new_xs: dict[int, Any] | None, columns: Sequence[Column]) -> None:
+        """Make the last pass ready. New parameters go to ``new_xs``, or into the old ones."""
         group, targets = self.group, self.program.targets
         if not targets:
             return
@@ -243,14 +257,18 @@ class GroupTrack(Track):
                 self._at.pop(targets["x"], None)
         out_of_place = new_xs is not None
         if not self.program.trailing:
-            self._call(self._pass, self.work, out_of_place=out_of_place)
-            self._transformed = []
+            kept, self._transformed = self._transformed, []
+            writes.ready.append(self._write(self.members, self.work, kept=kept, out_of_place=out_of_place))
             return
+        for k, stack in enumerate(self._stacks):  # so that not all are held at once
+            make = partial(self._portion, stack, k, out_of_place=out_of_place)
+            writes.portions.append(Portion(self._slots(stack.members), stack.work.elements, make))
+
+    def _portion(self, stack: Stack, number: int, *, out_of_place: bool) -> list[Write]:
+        """The last pass over a stack, which is transformed for it."""
         boundary: Any = self.program.boundaries[-1]
-        for k, stack in enumerate(self._stacks):  # so that only one is held at a time
-            found = self._transform(boundary, stack, k)
-            self._call(self._pass, stack.work, stack=k, out_of_place=out_of_place)
-            del found
+        found = self._transform(boundary, stack, number)
+        return [self._write(stack.members, stack.work, kept=found, stack=number, out_of_place=out_of_place)]
 
     def count(self, counters: Vector) -> None:
         """Write the new numbers of the state."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ...arrays import torch_if_loaded
@@ -17,8 +19,8 @@ _openmp: Any = None
 _forked = False
 
 
-def on_threads_of_torch(function: Any, entry: Any, given: int, elements: int) -> None:
-    """Run a pass on torch's own OpenMP threads where it has such, else on threads of our own.
+def shared_by_torch(function: Any, entry: Any, given: int, elements: int) -> Callable[[], Any]:
+    """A call that runs a pass on torch's own OpenMP threads where it has such, else on threads of our own.
 
     Autograd and matrix products have used the same threads just before. They go on looking for work for a while, so others
     would have to share the cores with them, and products after it would wait for both. NumPy's products have other threads.
@@ -27,17 +29,15 @@ def on_threads_of_torch(function: Any, entry: Any, given: int, elements: int) ->
     count = elements // _TOGETHER
     count = min(threads(), count) if count > 1 else 1
     if count <= 1:
-        function(given)
-        return
+        return partial(function, given)
     if _openmp is None and torch_if_loaded() is not None:
         _openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", False)
         if _openmp:
             _openmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             _openmp.restype = None
     if _openmp and not _forked:  # OpenMP's threads do not survive a fork, and it does not see that they are gone
-        _openmp(entry, given, count, 0)
-    else:
-        on_threads(function, (given,), elements)
+        return partial(_openmp, entry, given, count, 0)
+    return shared_out(partial(function, given), elements)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -55,23 +55,49 @@ def threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def on_threads(function: Any, arguments: tuple[Any, ...], elements: int) -> None:
-    """Run a function that shares out its work, on as many threads as that is worth."""
-    global _pool  # noqa: PLW0603
+def shared_out(function: Callable[[], Any], elements: int) -> Callable[[], Any]:
+    """A call that runs a function that shares out its work, on as many threads as that is worth.
+
+    If it was interrupted it may be made again, for the work that is left.
+    """
     others = elements // _ALONE
     others = min(threads() - 1, others) if others else 0
-    if others <= 0:
-        function(*arguments)
-        return
-    if _pool is None or _pool._max_workers < others:
-        _pool = ThreadPoolExecutor(others, "optimisers")
-    helpers: list[Future[Any]] = []
-    with suppress(RuntimeError):  # an interpreter that is shutting down takes no new work
-        helpers.extend(_pool.submit(function, *arguments) for _ in range(others))
-    try:
-        function(*arguments)
-    finally:
-        wait(helpers)  # also when interrupted: they write to memory that would be freed
+    return function if others <= 0 else _OnThreads(function, others)
+
+
+class _OnThreads:
+    """A function that runs on several threads at once."""
+
+    def __init__(self, function: Callable[[], Any], others: int) -> None:
+        self._function, self._others = function, others
+        self._helpers: list[Future[Any]] = []
+        self.begun = False
+
+    def __call__(self) -> None:
+        global _pool  # noqa: PLW0603
+        if _pool is None or _pool._max_workers < self._others:
+            _pool = ThreadPoolExecutor(self._others, "optimisers")
+        self.begun = True
+        try:
+            with suppress(RuntimeError):  # an interpreter that is shutting down takes no new work
+                for _ in range(self._others):
+                    self._helpers.append(_pool.submit(self._function))
+            self._function()
+        finally:
+            self._join()
+
+    def _join(self) -> None:
+        """Wait for the others, also when interrupted: they write to memory that would be freed."""
+        stopped: BaseException | None = None
+        while self._helpers:
+            try:
+                wait(self._helpers)
+                stopped = stopped or next(filter(None, (helper.exception() for helper in self._helpers)), None)
+                self._helpers = []
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                stopped = error
+        if stopped is not None:
+            raise stopped
 
 
 def _forget_threads() -> None:

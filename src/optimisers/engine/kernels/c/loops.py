@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ...graph.program import Program, all_passes
-from ..threads import on_threads, on_threads_of_torch
+from ..threads import shared_by_torch, shared_out
 from ..work import Table, address
 
 _MUCH = 2**21  # elements whose results would not stay in the caches
@@ -55,12 +57,15 @@ class Call:
 
     def __call__(self) -> list[Any]:
         """For each number that the pass sums up: the values for the arrays of the work, in order."""
+        self.ready()()
+        return [] if self._sums is None else [f.reduceat(self._sums[:, k], self._starts) for k, f in enumerate(self._combine)]
+
+    def ready(self) -> Callable[[], Any]:
+        """The pass as one call, which goes on where it was if it is made again: each unit of the work is handed out once."""
         self._given[0] = 0
         if self._torch:
-            on_threads_of_torch(self._function, self._entry, self._at, self._elements)
-        else:
-            on_threads(self._function, (self._at,), self._elements)
-        return [] if self._sums is None else [f.reduceat(self._sums[:, k], self._starts) for k, f in enumerate(self._combine)]
+            return shared_by_torch(self._function, self._entry, self._at, self._elements)
+        return shared_out(partial(self._function, self._at), self._elements)
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:

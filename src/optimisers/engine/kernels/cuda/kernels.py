@@ -158,6 +158,19 @@ class Combining:
         self._device.launch(self._function, 1, _address(self._arguments))
 
 
+class Once:
+    """A launch, which is not repeated if it is called again."""
+
+    def __init__(self, launch: Any, *given: Any) -> None:
+        self._launch, self._given = launch, given
+        self.begun = False
+
+    def __call__(self) -> None:
+        if not self.begun:
+            self._launch(*self._given)
+            self.begun = True
+
+
 class Launch:
     """A kernel over some of the arrays of a group, launched again and again.
 
@@ -183,8 +196,8 @@ class Launch:
         self._arguments = np.array([_address(self._words)], np.uint64)
         self._at = _address(self._arguments)
 
-    def __call__(self, work: Work, memory: Memory, blocks: int, partial: int) -> None:
-        """Launch it, on torch's current stream."""
+    def ready(self, work: Work, memory: Memory, blocks: int, partial: int) -> Once:
+        """Its launch on torch's current stream, with all that it is given in place."""
         words = self._words
         if memory is not self._memory:
             self._memory, self._inputs = memory, None
@@ -192,7 +205,7 @@ class Launch:
         words[_PIECES], words[_FIRST], words[_PARTIAL] = work.address, work.first, partial
         words[_POINTERS] = memory.pointers()
         self._give_numbers()
-        self._device.launch(self._function, blocks, self._at)
+        return Once(self._device.launch, self._function, blocks, self._at)
 
     def _give_numbers(self) -> None:
         """Numbers by value where all arrays have the same, else in rows on the device."""

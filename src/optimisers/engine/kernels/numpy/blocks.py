@@ -6,14 +6,17 @@ main memory. Large arrays are cut into blocks; small ones are gathered into comm
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from itertools import chain, pairwise, repeat
+from operator import setitem
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...graph.program import Program, all_passes
-from ..threads import on_threads
+from ..threads import shared_out
 from ..work import Table
 from .sheet import Sheet
 
@@ -77,31 +80,15 @@ class Blocks:
         self._cuts: dict[int, tuple[Any, Cut]] = {}
         self._views: dict[tuple[int, int, Any], Vector] = {}
 
-    def prepare(
-        self,
-        index: int,
-        work: Table,
-        pointers: Vector,
-        numbers: Vector,
-        *,
-        out_of_place: bool = False,  # noqa: ARG002
-    ) -> Callable[[], list[Any]]:
+    def prepare(self, index: int, work: Table, pointers: Vector, numbers: Vector, *, out_of_place: bool = False) -> Call:
         """As `Loops.prepare`; NumPy's results go through the caches in any case."""
-        return lambda: self._run(index, work, pointers, numbers)
+        last = index == len(self.sheets) - 1
+        return Call(self, self._in_place if last and not out_of_place else self.sheets[index], work, pointers, numbers)
 
-    def _run(self, index: int, work: Table, pointers: Vector, numbers: Vector) -> list[Any]:
-        sheet, blocks = self.sheets[index], self._blocks(work)
-        if not sheet.steps and not sheet.copies and not sheet.sums:
-            return []
-        rows = numbers[blocks.members]
-        values = sheet.tape.run({name: rows[:, k] for name, k in self._program.columns.items()})
-        given = [_number(value, dtype) for value, dtype in zip(values, sheet.number_dtypes, strict=True)]
-        used = [*sheet.read, *range(len(sheet.columns), sheet.first_number)]
-        arrays = {k: self._arrays(sheet.array_dtypes[k], pointers[:, sheet.addresses[k]], blocks) for k in used}
-        sums = np.empty((blocks.rows, len(sheet.sums)))
-        units = iter(itertools.chain(blocks.slices, blocks.gathered))  # next() of an iterator made in C is atomic
-        on_threads(_work, (sheet, blocks, units, arrays, given, sums), blocks.elements)
-        return [join.reduceat(sums[:, k], blocks.starts) for k, join in enumerate(sheet.joins)]
+    @cached_property
+    def _in_place(self) -> Sheet:
+        """The last pass, to write where it reads: nothing before all of a block is computed."""
+        return Sheet(self._program, self._program.last, direct=False)
 
     def _blocks(self, work: Table) -> Cut:
         kept = self._cuts.get(id(work))
@@ -126,6 +113,58 @@ class Blocks:
         return found
 
 
+class Call:
+    """A pass over arrays. What it has written it does not write again."""
+
+    def __init__(self, made: Blocks, sheet: Sheet, work: Table, pointers: Vector, numbers: Vector) -> None:
+        self._made, self._sheet, self._work, self._pointers, self._numbers = made, sheet, work, pointers, numbers
+
+    def __call__(self) -> list[Any]:
+        run = self.ready()
+        run()
+        return run.sums()
+
+    def ready(self) -> Run:
+        """The pass as one call, which goes on where it was if it is made again."""
+        return Run(self._made, self._sheet, self._work, self._pointers, self._numbers)
+
+
+class Run:
+    """One run of a pass."""
+
+    def __init__(self, made: Blocks, sheet: Sheet, work: Table, pointers: Vector, numbers: Vector) -> None:
+        self.sheet, self.blocks = sheet, made._blocks(work)
+        self._idle = not sheet.steps and not sheet.copies and not sheet.sums
+        if self._idle:
+            return
+        blocks = self.blocks
+        rows = numbers[blocks.members]
+        values = sheet.tape.run({name: rows[:, k] for name, k in made._program.columns.items()})
+        self.given = [_number(value, dtype) for value, dtype in zip(values, sheet.number_dtypes, strict=True)]
+        used = [*sheet.read, *range(len(sheet.columns), sheet.first_number)]
+        self.arrays = {k: made._arrays(sheet.array_dtypes[k], pointers[:, sheet.addresses[k]], blocks) for k in used}
+        self.results = np.empty((blocks.rows, len(sheet.sums)))
+        self.units: list[Any] = [*blocks.slices, *blocks.gathered]
+        self.done = np.zeros(len(self.units), bool)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was written."""
+        return not self._idle and bool(self.done.any())
+
+    def __call__(self) -> None:
+        if self._idle:
+            return
+        left = iter(np.flatnonzero(~self.done).tolist())  # next() of an iterator made in C is atomic
+        shared_out(partial(_work, self, left), self.blocks.elements)()
+
+    def sums(self) -> list[Any]:
+        """For each number that the pass sums up: the values for the arrays of the work, in order."""
+        if self._idle:
+            return []
+        return [join.reduceat(self.results[:, k], self.blocks.starts) for k, join in enumerate(self.sheet.joins)]
+
+
 def _number(value: Any, dtype: Any) -> Any:
     """A number of the pass: one for all arrays if they agree (in their bits: NaN is NaN), else one for each."""
     if np.ndim(value) == 0:
@@ -135,48 +174,48 @@ def _number(value: Any, dtype: Any) -> Any:
     return first if (vector == first).all() or (vector != vector).all() else vector  # noqa: PLR0124 (NaN)
 
 
-def _work(
-    sheet: Sheet, blocks: Cut, units: Iterator[Any], arrays: dict[int, list[Vector]], given: list[Any], sums: Vector
-) -> None:
+def _work(run: Run, left: Iterator[int]) -> None:
     """Take units until there are none."""
+    sheet, arrays, given = run.sheet, run.arrays, run.given
     registers: list[Vector] = [np.empty(BLOCK, dtype) for dtype in sheet.registers]
     spare: dict[int, Vector] = {}
     with np.errstate(all="ignore"):
-        for unit in units:
+        for number in left:
+            unit = run.units[number]
             if len(unit) == 4:
                 i, first, n, row = unit
-                values = [arrays[k][i][first : first + n] if k in arrays else None for k in range(sheet.first_number)]
+                values: list[Any] = [
+                    arrays[k][i][first : first + n] if k in arrays else None for k in range(sheet.first_number)
+                ]
                 values += [value if np.ndim(value) == 0 else value[i] for value in given]
                 values += registers if n == BLOCK else [register[:n] for register in registers]
-                _call(sheet, values)
+                _compute(sheet, values)
                 for k, (place, join) in enumerate(zip(sheet.sums, sheet.joins, strict=True)):
-                    sums[row, k] = join.reduce(values[place])
+                    run.results[row, k] = join.reduce(values[place])
+                _write(run, number, [values[place] for _, place in sheet.copies], [values[value] for value, _ in sheet.copies])
             else:
-                _gathered(sheet, blocks, unit, arrays, given, registers, spare, sums)
+                _gathered(run, number, registers, spare)
 
 
-def _call(sheet: Sheet, values: list[Any]) -> None:
+def _compute(sheet: Sheet, values: list[Any]) -> None:
     for function, arguments, result in sheet.steps:
         if len(arguments) == 2:
             function(values[arguments[0]], values[arguments[1]], out=values[result])
         else:
             function(*[values[a] for a in arguments], out=values[result])
-    for value, place in sheet.copies:
-        np.copyto(values[place], values[value])
 
 
-def _gathered(
-    sheet: Sheet,
-    blocks: Cut,
-    unit: tuple[Vector, Vector],
-    arrays: dict[int, list[Vector]],
-    given: list[Any],
-    registers: list[Vector],
-    spare: dict[int, Vector],
-    sums: Vector,
-) -> None:
+def _write(run: Run, number: int, targets: list[Vector], values: list[Vector]) -> None:
+    """Write the results of a unit, and note that it is done, by one call into C, between which nothing comes."""
+    places: Iterator[Any] = chain(repeat(..., len(targets)), [number])
+    assign: Callable[..., None] = setitem
+    deque(map(assign, [*targets, run.done], places, [*values, True]), maxlen=0)
+
+
+def _gathered(run: Run, number: int, registers: list[Vector], spare: dict[int, Vector]) -> None:
     """One block made of many small arrays."""
-    chosen, starts = unit
+    sheet, arrays, blocks = run.sheet, run.arrays, run.blocks
+    chosen, starts = run.units[number]
     n, indices = int(starts[-1]), chosen.tolist()
     values: list[Any] = [None] * sheet.first_number
     for k, views in arrays.items():
@@ -186,13 +225,14 @@ def _gathered(
         if k < len(sheet.columns):
             np.concatenate([views[i] for i in indices], out=values[k])
     lengths = np.diff(starts)
-    values += [value if np.ndim(value) == 0 else np.repeat(value[chosen], lengths) for value in given]
+    values += [value if np.ndim(value) == 0 else np.repeat(value[chosen], lengths) for value in run.given]
     values += [register[:n] for register in registers]
-    _call(sheet, values)
+    _compute(sheet, values)
+    for value, place in sheet.copies:
+        values[place][...] = values[value]
     for k, (place, join) in enumerate(zip(sheet.sums, sheet.joins, strict=True)):
-        sums[blocks.starts[chosen], k] = join.reduceat(values[place], starts[:-1])
-    bounds = starts.tolist()
-    for k in range(len(sheet.columns), sheet.first_number):
-        block, views = values[k], arrays[k]
-        for i, (first, end) in zip(indices, itertools.pairwise(bounds), strict=True):
-            views[i][:] = block[first:end]
+        run.results[blocks.starts[chosen], k] = join.reduceat(values[place], starts[:-1])
+    bounds = list(pairwise(starts.tolist()))
+    stored = range(len(sheet.columns), sheet.first_number)
+    targets = [arrays[k][i] for k in stored for i in indices]
+    _write(run, number, targets, [values[k][first:end] for k in stored for first, end in bounds])

@@ -76,9 +76,12 @@ class Step(NamedTuple):
 
 
 class Sheet:
-    """A pass as calls on the values of a block: arrays that are read, arrays that are written, numbers, registers."""
+    """A pass as calls on the values of a block: arrays that are read, arrays that are written, numbers, registers.
 
-    def __init__(self, program: Program, this: Pass) -> None:
+    With ``direct`` results are written where they belong as soon as that is possible, else all of them at the end.
+    """
+
+    def __init__(self, program: Program, this: Pass, *, direct: bool = True) -> None:
         self.program, self.this = program, this
         self.stores = [name for name, _ in this.stores]
         self.columns = list(program.arrays)
@@ -97,7 +100,7 @@ class Sheet:
         self._first_register = self.first_number + len(self.numbers)
         self._free: dict[Any, list[int]] = {}
         self._place = {id(node): self.first_number + k for k, node in enumerate(self.numbers)}
-        self._write(order)
+        self._write(order, direct=direct)
         self.sums = [self._place[id(node.args[0])] for node in this.reductions]
         self.joins = [_JOIN[node.op] for node in this.reductions]
         self.read = sorted(
@@ -105,7 +108,7 @@ class Sheet:
             | {s for s in self.sums if s < len(self.columns)}
         )
 
-    def _write(self, order: list[Traced]) -> None:
+    def _write(self, order: list[Traced], *, direct: bool) -> None:
         loads = [node for node in order if node.op == "load"]
         self._place.update({id(node): self.columns.index(node.value) for node in loads})
         calls = [node for node in order if node.op != "load"]
@@ -115,7 +118,7 @@ class Sheet:
             last.update({id(arg): k for arg in node.args})
         last.update({key: len(calls) for key in borrowed})
         kept = {id(node) for _, node in self.this.stores} | {id(node.args[0]) for node in self.this.reductions}
-        targets = self._direct(calls)
+        targets = self._direct(calls) if direct else {}
         for node in borrowed.values():  # a new value that is an array given: copied before anything is overwritten
             place = self._register(node.dtype)
             self.steps.append(Step(_cast, (self._place[id(node)],), place))
