@@ -46,6 +46,17 @@ class Group(NamedTuple):
         return group is self.shown and len(params) == len(self.params) and all(map(is_, params, self.params))
 
 
+class Home(NamedTuple):
+    """Where a parameter belongs that was frozen when it was given."""
+
+    rule: AbstractRule | None
+    """Its rule; None for one that the optimizer was given as a function."""
+    groups: list[dict[str, Any]]
+    """The groups of those that were given with it."""
+    names: tuple[str, ...]
+    """Of all that were given with it, in their order."""
+
+
 @dataclass
 class Held:
     """What an optimizer holds besides its parameter groups.
@@ -59,6 +70,8 @@ class Held:
     """The names of parameters that belong to the state's structure and are in no group."""
     frozen: dict[torch.Tensor, str] = field(default_factory=dict)
     """Parameters that were left out because they did not require grad, and their names."""
+    homes: dict[torch.Tensor, Home] = field(default_factory=dict)
+    """Where these belong, should they be thawed."""
     parked: Any = field(default_factory=WeakTensorKeyDictionary)
     """(name, entry) of parameters that were taken out of their group, for as long as they live."""
     view: defaultdict[torch.Tensor, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
@@ -74,6 +87,7 @@ class Held:
         ]
         for x in (x for known in self.groups for x in known.params):
             self.frozen.pop(x, None)
+            self.homes.pop(x, None)
 
     def outdate(self) -> None:
         """Have the view filled anew when it is read next, since the state tree has moved on."""

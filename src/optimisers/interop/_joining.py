@@ -10,11 +10,12 @@ import torch
 
 from ..arrays import on_meta
 from ..errors import ArgumentError, ModelError, RuleError
+from ..rules._base import AbstractRule
 from ..setup_api.setup import planned, setup
 from ..tree.state import StateTree, check_alive
 from ..tree.structure import ModuleStructure
 from ._entries import Entries
-from ._groups import Group, Held, by_rule, for_each, joined, naming_group, with_rates
+from ._groups import Group, Held, Home, by_rule, for_each, joined, naming_group, with_rates
 from ._named import Given, Named, given
 from ._options import refuse_idle_options
 
@@ -68,7 +69,8 @@ class Joining:
         held.tree = joined(held.tree, only)
         held.note_untrained()
         held.frozen.update({x: name for name, x in leaves.items() if name in held.untrained and not x.requires_grad})
-        paths, groups = held.tree._structure.paths, []
+        paths, groups = held.tree._structure.paths, list[dict[str, Any]]()
+        self._settle(rule, params, groups)
         for numbers in by_rule(held.tree._heads[offset:]):
             slots = tuple(offset + number for number in numbers)
             places = tuple(
@@ -80,6 +82,12 @@ class Joining:
             shown = named if model.named else [x for _, x in named]
             groups.append({"params": shown, **known_as.seen, "rule": known_as.entries.kind, "maximize": maximize, **own})
         return groups
+
+    def _settle(self, rule: Any, params: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
+        """Note where those belong that are frozen now."""
+        names = tuple(params)
+        home = Home(rule if isinstance(rule, AbstractRule) else None, groups, names)
+        self.held.homes.update({x: home for x in params.values() if x in self.held.frozen})
 
     def _made(self, rule: Any, base: Any, slots: tuple[int, ...], places: Any, own: Mapping[str, Any]) -> Group:
         """One more group, which the options given for it fit."""
@@ -105,7 +113,8 @@ class Joining:
         plan = planned(for_each(rule), Named({n: x.detach() for n, x in params.items()}), None, None, on_meta)
         plan = with_rates(plan)
         self.held.frozen.update({x: name for name, x in params.items()})
-        groups = []
+        groups: list[dict[str, Any]] = []
+        self._settle(rule, params, groups)
         heads = [head for head in plan._heads if head.rule is not None]
         for numbers in by_rule(heads):
             head: Any = heads[numbers[0]]

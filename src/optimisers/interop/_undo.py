@@ -16,6 +16,7 @@ def undone_if_it_fails(optimizer: Any, held: Held) -> Iterator[None]:
     """Put everything back that an optimizer holds if something is raised inside, an interrupt as well."""
     groups, dicts = optimizer.param_groups, [(group, dict(group)) for group in optimizer.param_groups]
     fields = {**vars(held), "groups": list(held.groups), "untrained": dict(held.untrained), "frozen": dict(held.frozen)}
+    fields["homes"] = dict(held.homes)
     seen = [(known.seen, dict(known.seen)) for known in held.groups]
     view = {x: (own, dict(own)) for x, own in held.view.items()}
     parked = dict(held.parked.items())

@@ -28,6 +28,7 @@ from ._layout import Rearrangement, matched_groups
 from ._options import refuse_idle_options
 from ._packing import loaded_entries, matched, packed
 from ._tensors import named_tensors
+from ._thawed import refuse, take_in, thawed
 from ._undo import undone_if_it_fails
 from ._view import shown_state, take_state
 
@@ -40,7 +41,7 @@ class Optimizer(torch.optim.Optimizer):
             ``from_torch`` or ``load`` made for these parameters.
         params: a ``torch.nn.Module``, ``module.named_parameters()``, a dict of names, tensors without names, or a list of
             parameter groups, each a dict with ``params`` and optionally ``rule`` and hyper-parameters of its own. Parameters
-            that do not require grad now are left out (and take no memory); ``add_param_group`` takes them in later.
+            that do not require grad now are left out (and take no memory) until they are thawed and have a gradient.
         maximize: step along the gradient instead of against it; an entry of each group.
         state_dtype: dtype of the moments, by default each parameter's own.
 
@@ -89,6 +90,19 @@ class Optimizer(torch.optim.Optimizer):
         self._held.bind(self.param_groups)
         self._take_entries()
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """torch's, with what was frozen at construction and has a gradient now: schedulers and scalers are to see it."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        if self.__dict__.get("_ready") and self._held.homes:
+            for x in thawed(self._held):
+                take_in(self._held, x, self._rule)  # ``step`` says why if it cannot be
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     # --- parameter groups -----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,6 +146,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for x in thawed(self._held):
+            if why := take_in(self._held, x, self._rule):
+                refuse(self._held, x, why)
         self._take_edits()
         params, grads = self._with_gradients()
         tree: Any = self._held.tree
