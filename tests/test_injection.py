@@ -11,7 +11,7 @@ import injection
 import optimisers as opt
 import optimisers.torch
 from looped import wide
-from optimisers.engine.groups import group
+from optimisers.engine.groups import stacking
 from optimisers.engine.kernels import threads
 from optimisers.engine.kernels.numpy import blocks
 from optimisers.engine.memory import writes
@@ -84,7 +84,7 @@ def portions(monkeypatch, fails):
         return step(rule, u)
 
     monkeypatch.setattr(writes, "PORTION", 1)
-    monkeypatch.setattr(group, "ALONE_FROM", 1)
+    monkeypatch.setattr(stacking, "ALONE_FROM", 1)
     monkeypatch.setattr(muon, "matrix_step", failing)
     rng = np.random.default_rng(0)
     return {name: rng.standard_normal((6, 4 + i)) for i, name in enumerate("abc")} | {"bias": np.ones(5)}
