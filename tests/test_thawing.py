@@ -78,6 +78,16 @@ def test_they_have_their_names_and_places():
     assert list(optimizer.param_groups[0]["params"]) == list(m.parameters())
 
 
+def test_what_was_put_into_a_group_by_hand_is_there_once():
+    m = net()
+    m[0].requires_grad_(False)
+    optimizer = ours(m)
+    m[0].requires_grad_(True)
+    optimizer.param_groups[0]["params"] += [m[0].bias, m[0].weight]
+    train(m, optimizer, range(2))
+    assert optimizer.param_groups[0]["param_names"] == ["2.weight", "2.bias", "0.bias", "0.weight"]
+
+
 def test_a_scaler_sees_what_thaws():
     m = net()
     m[0].requires_grad_(False)

@@ -5,7 +5,7 @@ They enter the group in which they would have been, so that a schedule, or a sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ def thawed(held: Held) -> list[torch.Tensor]:
     return [x for x in held.homes if x.requires_grad and x.grad is not None]
 
 
-def take_in(held: Held, x: torch.Tensor, rule: Any) -> str | None:
+def take_in(held: Held, x: torch.Tensor, rule: Any, param_groups: Sequence[Mapping[str, Any]]) -> str | None:
     """Put one into the list of its group, where the next step finds it. Why that cannot be, else None.
 
     ``rule`` is the one that the optimizer was given.
     """
+    if any(y is x for group in param_groups for y in group["params"]):  # by hand
+        del held.homes[x]
+        return None
     home, name = held.homes[x], held.frozen[x]
     try:
         known = _group_of(held, x, name, home, rule)

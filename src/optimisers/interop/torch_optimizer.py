@@ -96,7 +96,7 @@ class Optimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
         if self.__dict__.get("_ready") and self._held.homes:
             for x in thawed(self._held):
-                take_in(self._held, x, self._rule)  # ``step`` says why if it cannot be
+                take_in(self._held, x, self._rule, groups)  # ``step`` says why if it cannot be
         return groups
 
     @param_groups.setter
@@ -146,8 +146,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = self.param_groups
         for x in thawed(self._held):
-            if why := take_in(self._held, x, self._rule):
+            if why := take_in(self._held, x, self._rule, groups):
                 refuse(self._held, x, why)
         self._take_edits()
         params, grads = self._with_gradients()
