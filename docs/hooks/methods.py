@@ -42,15 +42,15 @@ def on_config(config: Any) -> None:
     chained = []
     for room, found in by_room().items():
         if room in written:
-            written[room] += [page(rule) for rule in found]
+            written[room] += shelves(found, IN_VIEW - len(written[room]))
         else:
             (chained if room in CHAINED else methods).append({room: shelves(found)})
     methods.append({"Members of chains": chained})
 
 
-def shelves(found: list[type]) -> list[Any]:
-    """The pages of a room; of a large one, in groups that can be seen at a glance."""
-    if len(found) <= IN_VIEW:
+def shelves(found: list[type], room: int = IN_VIEW) -> list[Any]:
+    """The pages of rules; of more than there is room for, in groups that can be seen at a glance."""
+    if len(found) <= room:
         return [page(rule) for rule in found]
     count = -(-len(found) // IN_VIEW)
     cuts = [len(found) * i // count for i in range(count + 1)]

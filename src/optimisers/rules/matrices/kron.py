@@ -68,7 +68,7 @@ class Kron(MatrixRule):
         blocks: as in `Orthogonalise`; each has factors of its own.
         batch_dims: as in `Orthogonalise`.
 
-    State: (pieces, t, mu**t), t counting gradients, with a piece for each size of block: (m, factors), for each side (side,
+    State: ``(pieces, t, mu**t)``, t counting gradients, with a piece for each size of block: (m, factors), for each side (side,
     side), or (side,) for a diagonal. Factors of half-precision arrays are float32. Factors that would not be finite stay as
     they are, with a DecompositionWarning. Complex matrices are refused. Inside torch.func.vmap and torch.compile t cannot be
     read. All arrays of one shape see the same noise.
