@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-pages bench-check bench-gpu package release clean
+.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-pages bench-check bench-gpu bench-distributed package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test

@@ -93,6 +93,18 @@ def run_module(how, name, adapter):
     return max(worst(whole(q), p.detach()) for p, q in zip(alone.parameters(), several.parameters(), strict=True))
 
 
+def bfloat16_beside_its_own_error():
+    """How far Muon in bfloat16 is from one process's, and how far that is from one in float32."""
+    narrow, wide = (opt.Muon(eta=0.02, ns=opt.NewtonSchulz(dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    models = [(net(), narrow), (net(), wide), (wrapped("fsdp"), narrow)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for module, rule in models:
+            train(module, rule, adapter=False)
+    alone, exact, several = ([whole(p) for p in module.parameters()] for module, _ in models)
+    return max(map(worst, several, alone)), max(map(worst, exact, alone))
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +219,7 @@ def communication(name):
         "each its measure": opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(0.1)),
         "two measures": opt.OptimiserChain(opt.ClipNorm(0.5), opt.AdamW(0.1), opt.NormGrowthCap(1.1)),
         "Muon": opt.Muon(eta=0.1),
+        "Muon in bfloat16": opt.Muon(eta=0.1, ns=opt.NewtonSchulz(dtype="bfloat16")),
     }
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)

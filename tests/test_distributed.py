@@ -119,6 +119,14 @@ def test_measures_that_do_not_wait_for_one_another_are_one_collective(two, name,
         assert all(sent == 11 * 8 for _, sent in calls)
 
 
+def test_matrices_travel_in_the_dtype_in_which_they_are_computed(two):
+    wide, narrow = (two.run(models.communication, name) for name in ("Muon", "Muon in bfloat16"))
+    for one_rank, other in zip(wide, narrow, strict=True):
+        assert sum(sent for _, sent in other) * 2 == sum(sent for _, sent in one_rank)
+    away, own_error = agree(two.run(models.bfloat16_beside_its_own_error))
+    assert 0 < away <= 4 * own_error  # each rounds differently, and the iteration amplifies that alike
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
     matrices = 8 * 16 * 12 * 4

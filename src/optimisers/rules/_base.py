@@ -282,6 +282,10 @@ class TransformingRule(CompositeRule):
     def transform(self, u: Array) -> Array:
         """What becomes of a whole array, in its shape and dtype."""
 
+    def travels_as(self, u: Array) -> str:
+        """The dtype in which arrays like u, and what becomes of them, may travel between ranks: that of the arithmetic."""
+        return dtype_name(u)
+
 
 def _pair(rule: AbstractRule, method: str, result: Any) -> tuple[State, Any]:
     if not (isinstance(result, tuple) and len(result) == 2):

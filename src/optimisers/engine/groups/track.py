@@ -187,7 +187,7 @@ class GroupTrack(Track):
         with locating(group.paths[stack.members[0]] + more):
             if stack.exchange is not None:
                 together = group.for_stacks(stack.members[0], boundary.where)
-                found = stack.exchange.transformed(given, stack.owners, together.transform)
+                found = stack.exchange.transformed(given, stack.owners, together.transform, together.travels_as(given))
             else:
                 chosen = rule if len(stack.members) == 1 else group.for_stacks(stack.members[0], boundary.where)
                 found = chosen.transform(given)

@@ -13,7 +13,7 @@ from typing import Any, final
 
 import numpy as np
 
-from ...arrays import torch_if_loaded
+from ...arrays import cast_to, dtype_name, torch_if_loaded
 from ...tree.sharding import Sharding
 
 Vector = np.ndarray[Any, Any]
@@ -45,21 +45,24 @@ class Exchange:
     def _shape(self, rank: int) -> tuple[int, ...]:
         return tuple(len(index) for index in self._indices[rank])
 
-    def transformed(self, given: Any, owners: Sequence[int], transform: Callable[[Any], Any]) -> Any:
+    def transformed(self, given: Any, owners: Sequence[int], transform: Callable[[Any], Any], dtype: str) -> Any:
         """What becomes of a stack of arrays, of which this rank has the parts, along a first axis.
 
         Args:
             given: the parts.
             owners: for each of the arrays the rank that transforms it.
             transform: called with a stack of whole arrays, by ranks that own some.
+            dtype: in which they travel.
 
         """
+        own = dtype_name(given)
+        given = cast_to(given, dtype)
         mine = [j for j, owner in enumerate(owners) if owner == self.me]
         received = self._swapped(*self._outwards(given, owners, mine))
         whole = self._whole(received, given, len(mine))
         if mine:
-            whole = transform(whole)
-        return self._parts(self._swapped(*self._inwards(whole, given, owners, mine)), given, owners)
+            whole = cast_to(transform(cast_to(whole, own)), dtype)
+        return cast_to(self._parts(self._swapped(*self._inwards(whole, given, owners, mine)), given, owners), own)
 
     def _outwards(self, given: Any, owners: Sequence[int], mine: list[int]) -> tuple[Any, list[int], list[int]]:
         """(what this rank sends to the owners, how much to each, how much it gets of each)."""

@@ -14,7 +14,7 @@ from ..adaptive.adamw import AdamW
 from ._matrix_rule import MatrixRule
 from ._neurons import RMS, aligned, squares, times
 from .matrix_step import LAYOUTS, block_runs, check_matrix_fields, polar
-from .newtonschulz import NewtonSchulz
+from .newtonschulz import NewtonSchulz, travelling_dtype
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class AdaMuon(MatrixRule, TransformingRule):
 
     def check(self, shape: tuple[int, ...]) -> None:
         block_runs(self, shape)
+
+    def travels_as(self, u: Array) -> str:
+        return travelling_dtype(u, self.ns)
 
     def transform(self, u: Array) -> Array:
         return polar(self, u)

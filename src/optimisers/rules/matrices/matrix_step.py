@@ -12,7 +12,7 @@ from ...arrays import Array, concatenate
 from ...errors import HyperParameterError, RuleError, brief
 from .._base import Stages, State, TransformingRule, Whole
 from .._fields import Choice, Interval, bounded, whole
-from .newtonschulz import NewtonSchulz, sign_times
+from .newtonschulz import NewtonSchulz, sign_times, travelling_dtype
 
 SCALES = Choice(("jordan", "moonlight", "rms", "none"))
 LAYOUTS = Choice(("out_in", "in_out"))
@@ -68,6 +68,9 @@ class Orthogonalise(TransformingRule):
 
     def stages(self, state: State, x: Array, dx: Array) -> Stages:
         return state, (yield Whole(self, dx))
+
+    def travels_as(self, u: Array) -> str:
+        return travelling_dtype(u, self.ns)
 
     def transform(self, u: Array) -> Array:
         return matrix_step(self, u)

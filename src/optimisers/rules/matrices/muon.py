@@ -15,7 +15,7 @@ from ..adaptive.adamw import AdamW
 from ..adaptive.nadam import NAdam
 from ._matrix_rule import MatrixRule
 from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, matrix_step
-from .newtonschulz import NewtonSchulz
+from .newtonschulz import NewtonSchulz, travelling_dtype
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ class Muon(MatrixRule, TransformingRule):
 
     def check(self, shape: tuple[int, ...]) -> None:
         block_runs(self, shape)
+
+    def travels_as(self, u: Array) -> str:
+        return travelling_dtype(u, self.ns)
 
     def transform(self, u: Array) -> Array:
         return matrix_step(self, u)

@@ -236,6 +236,12 @@ def _bound(size: Array, ns: NewtonSchulz) -> Array:
     return where(bound == 0, 1.0, bound)  # a zero matrix, and epsilon 0
 
 
+def travelling_dtype(x: Array, ns: NewtonSchulz) -> str:
+    """The dtype in which x may travel to where it is orthogonalised, and come back: a narrower one of the iteration."""
+    own, computed = dtype_name(x), _compute_dtype(x, ns)
+    return computed if computed in HALF else own
+
+
 def _compute_dtype(x: Array, ns: NewtonSchulz) -> str:
     if ns.dtype is not None:
         return ns.dtype
