@@ -424,6 +424,7 @@ def test_what_is_no_real_matrix_is_refused(x, got):
     [
         ({"steps": 0}, "field 'steps' must be a whole number >= 1; got 0"),
         ({"steps": 2.0}, "field 'steps' must be a whole number >= 1; got 2.0"),
+        ({"steps": 1001}, "field 'steps' must be at most 1000; got 1001"),
         ({"steps": True}, "field 'steps' must be a whole number >= 1; got True"),
         ({"coefficients": "you", "steps": 4}, "field 'steps' must be 5 for coefficients='you'"),
         ({"coefficients": "newton"}, "field 'coefficients' must be 'jordan', 'you', 'polar_express' or triples"),

@@ -122,9 +122,12 @@ def _resolved(rule: AbstractRule, slot: Slot, x: Any, shared: dict[AbstractRule,
     """The rule for this one array; RuleError if it cannot step it."""
     for inner in walk(rule):
         if inner.real_only and slot.dtype.startswith("complex"):
+            reason = "it compares numbers, and complex ones have no order"
+            if inner.law == "stackable":
+                reason = "it is made for real matrices"
             msg = (
-                f"{type(inner).__name__} cannot step {shown(slot.path)}, which is {slot.dtype}: it compares numbers, and "
-                "complex ones have no order. Choose another rule for this parameter with Route"
+                f"{type(inner).__name__} cannot step {shown(slot.path)}, which is {slot.dtype}: {reason}. "
+                "Choose another rule for this parameter with Route"
             )
             raise RuleError(msg)
         tensors = any(is_tensor(v) or (isinstance(v, tuple) and any(map(is_tensor, v))) for v in vars(inner).values())

@@ -62,6 +62,8 @@ POLAR_EXPRESS: tuple[Triple, ...] = (
 
 _GRAM_FROM = 64  # the shortest side for which iterating on the Gram matrix was found quicker
 
+_MOST_STEPS = 1000  # far beyond any use; files set this field, and a step costs time
+
 # By how much a block of steps may amplify the rounding of its Gram matrix: (in half precision, else).
 _AMPLIFICATION = (60.0, 250.0)
 
@@ -71,7 +73,7 @@ class NewtonSchulz:
     """How a matrix is orthogonalised: ``X <- a X + b (X X^T) X + c (X X^T)^2 X``, from X divided by its Frobenius norm.
 
     Args:
-        steps: number of steps, >= 1.
+        steps: number of steps, from 1 to 1,000.
         coefficients: ``"jordan"`` (any number of steps), ``"you"`` (five steps), ``"polar_express"`` (any number), or explicit
             triples (a, b, c), one for each step, used as they are; ``steps`` then is their number.
         epsilon: against division by zero, >= 0.
@@ -108,6 +110,8 @@ class NewtonSchulz:
         steps = whole(self.steps, 1)
         if steps is None:
             _refuse("steps", self.steps, "a whole number >= 1")
+        if steps is not None and steps > _MOST_STEPS:
+            _refuse("steps", self.steps, f"at most {_MOST_STEPS}")
         object.__setattr__(self, "steps", steps)
         if self.coefficients == "you" and self.steps != len(YOU):
             _refuse("steps", self.steps, "5 for coefficients='you', which are made for five steps")
