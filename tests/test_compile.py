@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import optimisers as opt
 from optimisers.errors import ConsumedStateError
 from optimisers.rules._base import TransformingRule, walk
+from optimisers.rules.matrices._matrix_rule import MatrixRule
 from table import cases
 
 RULES = {name.replace(".", "-"): rule for name, row, rule in cases(every=False, host_counter=False)}
@@ -80,7 +81,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize(("names", "backend"), [(RULES, "eager"), (SOME, "aot_eager")], ids=["eager", "aot_eager"])
-def test_rules(names, backend):
+def test_rules(names, backend, switch):
     """One array for each rule, all in one step, since it is compiling that takes the time."""
     model = {name: torch.randn(3, 4) for name in names}
 
@@ -93,10 +94,12 @@ def test_rules(names, backend):
     compilations = counting.frame_count
     actual = run(fast, *after_two, 2)
     assert counting.frame_count == compilations, "compiled anew after the second step"
+    switch("rules")  # a trace runs the rules themselves, of which loops differ in the last place of a root
     expected = run(step, state, model)
     for name in names:
         pairs = (actual[1][name], expected[1][name]), (actual[0][name].state, expected[0][name].state)
-        whole = any(isinstance(rule, TransformingRule) for rule in walk(RULES[name]))  # in a trace the norm is not read
+        # In a trace the norm of a matrix is not read.
+        whole = any(isinstance(rule, (TransformingRule, MatrixRule)) for rule in walk(RULES[name]))
         if whole:
             assert_close(*zip(*pairs, strict=True), rtol=0, atol=5e-4)  # five steps amplify what rounds otherwise
         elif backend == "eager":
