@@ -34,13 +34,13 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.runs = 0
-        original = loops.Call.__call__
+        original = loops.Call.ready
 
         def run(own):
             self.runs += 1
             return original(own)
 
-        monkeypatch.setattr(loops.Call, "__call__", run)
+        monkeypatch.setattr(loops.Call, "ready", run)
 
 
 def forget(monkeypatch):

@@ -123,15 +123,15 @@ class Memory:
         self.combined = torch.empty(max(1, len(names)), dtype=wide, device=device)
         self.where = {name: k for k, name in enumerate(names)}
         self._pointers, self._uploaded = pointers, pointers[:0]
-        self._table: Any = None
+        self.table: Any = None  # another one for each change: a launch that is still to be made may read the last one
         self._works: dict[int, Work] = {}
 
     def pointers(self) -> int:
         """Where the addresses of the arrays are, a row each; copied to the device if any has changed."""
         if not np.array_equal(self._pointers, self._uploaded):
             self._uploaded = self._pointers.copy()
-            self._table = self._device.upload(self._uploaded.view(np.int64))
-        return int(self._table.data_ptr())
+            self.table = self._device.upload(self._uploaded.view(np.int64))
+        return int(self.table.data_ptr())
 
     def work(self, table: Table) -> Work:
         """The pieces of a table."""
@@ -159,10 +159,10 @@ class Combining:
 
 
 class Once:
-    """A launch, which is not repeated if it is called again."""
+    """A launch, which is not repeated if it is called again. ``kept`` is the memory on the device that it is to read."""
 
-    def __init__(self, launch: Any, *given: Any) -> None:
-        self._launch, self._given = launch, given
+    def __init__(self, launch: Any, *given: Any, kept: Any = None) -> None:
+        self._launch, self._given, self._kept = launch, given, kept
         self.begun = False
 
     def __call__(self) -> None:
@@ -205,7 +205,7 @@ class Launch:
         words[_PIECES], words[_FIRST], words[_PARTIAL] = work.address, work.first, partial
         words[_POINTERS] = memory.pointers()
         self._give_numbers()
-        return Once(self._device.launch, self._function, blocks, self._at)
+        return Once(self._device.launch, self._function, blocks, self._at, kept=(memory, memory.table, work, self._rows))
 
     def _give_numbers(self) -> None:
         """Numbers by value where all arrays have the same, else in rows on the device."""
