@@ -218,7 +218,7 @@ def test_one_model_with_rules_and_dtypes_of_many_kinds(switch, monkeypatch):
         for _ in range(3):
             state, model = opt.update(state, model, {k: 0.5 * x for k, x in model.items()})
         results[value] = state, model
-    assert held(state) == 5
+    assert held(state) == 6
     for value, key in itertools.product(("0", "1"), model):
         if key == "e":
             torch.testing.assert_close(results[value][1][key], results["rules"][1][key], rtol=1e-6, atol=0)

@@ -1768,8 +1768,8 @@ def test_every_error_is_the_librarys_own_and_a_builtin():
         assert str(cls("a\nb")) == "a\nb"  # KeyError alone would show the repr
 
 
-# In tests/test_checkpoint.py, since they are about files, and in tests/test_cuda.py.
-ELSEWHERE = {opt.CheckpointError, opt.MissingPackageError, opt.CaptureError}
+# In tests/test_checkpoint.py, since they are about files, in tests/test_cuda.py and in tests/test_injection.py.
+ELSEWHERE = {opt.CheckpointError, opt.MissingPackageError, opt.CaptureError, opt.UnfinishedStepError}
 
 
 def test_every_error_class_is_in_the_table():

@@ -269,7 +269,9 @@ def test_schedulers_and_scalers():
     scaler.step(optimizer)
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.05
-    assert len(list((ROOT / "tests" / "frameworks").glob("test_*.py"))) == 3
+    assert {"accelerate", "lightning", "trainer"} <= {
+        p.stem.removeprefix("test_") for p in (ROOT / "tests" / "frameworks").glob("*")
+    }
 
 
 def test_any_tree_will_do():

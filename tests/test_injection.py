@@ -10,13 +10,24 @@ import torch
 import injection
 import optimisers as opt
 import optimisers.torch
-from looped import wide
+from looped import forget, wide
 from optimisers.engine.groups import stacking
 from optimisers.engine.kernels import threads
+from optimisers.engine.kernels.c import compiler as build
 from optimisers.engine.kernels.numpy import blocks
 from optimisers.engine.memory import writes
 from optimisers.errors import ConsumedStateError, UnfinishedStepError
 from optimisers.rules.matrices import muon
+
+
+@pytest.fixture(autouse=True)
+def an_engine_of_its_own(monkeypatch):
+    """What an injected error leaves in what is remembered of rules and compilers is not for other tests."""
+    forget(monkeypatch)
+    yield
+    build.compiler.cache_clear()
+    build._version.cache_clear()
+
 
 COUNT = int(os.environ.get("OPTIMISERS_POINTS", "25"))
 

@@ -93,6 +93,8 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """torch's, with what was frozen at construction and has a gradient now: schedulers and scalers are to see it."""
+        if "param_groups" not in self.__dict__:  # a wrapper that passes on what it does not have itself
+            raise AttributeError("param_groups")
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
         if self.__dict__.get("_ready") and self._held.homes:
             for x in thawed(self._held):

@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from threading import Lock
+from threading import RLock
 from types import MappingProxyType
 from typing import Any
 
@@ -35,7 +35,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._blocks: defaultdict[tuple[Any, ...], list[Block]] = defaultdict(list)
-        self._lock = Lock()
+        # Of the thread: an interrupt may fall between its last line and its release, and the next step must not wait for it.
+        self._lock = RLock()
 
     def __deepcopy__(self, memo: Any) -> Pool:
         return Pool()

@@ -169,6 +169,8 @@ def _number(value: Any, dtype: Any) -> Any:
     """A number of the pass: one for all arrays if they agree (in their bits: NaN is NaN), else one for each."""
     if np.ndim(value) == 0:
         return dtype(value)
+    if not len(value):  # no array of the work has an element here
+        return dtype(0)
     vector = np.asarray(value).astype(dtype)
     first = vector[0]
     return first if (vector == first).all() or (vector != vector).all() else vector  # noqa: PLR0124 (NaN)
