@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Installs share one environment, so they must not run side by side.
 .NOTPARALLEL:
-.PHONY: setup demo test test-frameworks test-nvrtc lint docs check-site gallery notebooks bench bench-pages bench-check bench-gpu bench-distributed package release clean
+.PHONY: setup demo test test-frameworks test-distributed test-nvrtc lint docs check-site gallery notebooks bench bench-pages bench-check bench-gpu bench-distributed package release clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-torch,test
@@ -19,6 +19,10 @@ test: setup
 # Offline: the models are random and small, and nothing is to be downloaded.
 test-frameworks: .venv/.installed-test,frameworks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q tests/frameworks
+
+# All rules, cut in all ways, on one to four processes.
+test-distributed: setup
+	OPTIMISERS_ALL_LAYOUTS=1 $(BIN)/python -m pytest -q tests/test_distributed.py
 
 # The compiler of CUDA takes every kernel. No GPU is needed.
 test-nvrtc: .venv/.installed-test,nvrtc
