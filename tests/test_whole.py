@@ -9,13 +9,20 @@ import torch
 
 import optimisers as opt
 from golden_data import numpy_of
-from looped import Counter, held
+from looped import Counter, forget, held
 from matrices import assert_alike, drawn, trained
 from optimisers.engine.groups import stacking
 from optimisers.rules._base import TransformingRule, Whole
 from optimisers.rules._states import state_leaves
 from optimisers.rules.matrices import muon
 from table import halving
+
+
+@pytest.fixture(autouse=True)
+def an_engine_that_knows_nothing(monkeypatch):
+    """Programs that other tests have left, so many that no more are made, change how small arrays are stepped."""
+    forget(monkeypatch)
+
 
 RULES = {
     "Muon": opt.Muon(),
