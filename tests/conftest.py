@@ -30,3 +30,20 @@ def switch(monkeypatch, loops_directory):
         monkeypatch.setattr(held, "key_of", (lambda *_: None) if value == "rules" else group_key)
 
     return turn
+
+
+def ranks_of(count):
+    """A fixture: so many processes, which all tests of a worker share. They are started when they are asked for first."""
+
+    @pytest.fixture(scope="session")
+    def ranks():
+        from ranks import Ranks
+
+        found = Ranks(count)
+        yield found
+        found.stop()
+
+    return ranks
+
+
+one, two, three, four = map(ranks_of, range(1, 5))

@@ -189,6 +189,19 @@ def the_rest():
     return "nothing raised"
 
 
+def a_gradient_through_what_was_written():
+    """What autograd says of a DTensor that a graph holds, and that a step in place has written."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    w = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None))
+    loss = (w * w).sum()
+    opt.update_(opt.setup(opt.Descent(0.1), {"w": w}), {"w": w}, {"w": w.detach() * 1})
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing raised"
+
+
 def one_norm_over_all_kinds():
     """DTensors, tensors and NumPy arrays under one global norm."""
     import numpy as np

@@ -190,9 +190,13 @@ def bad_input(what):
 
 @contextlib.contextmanager
 def counted():
-    """Gathers (name, bytes sent) of each collective that the library asks for."""
+    """Gathers (name, bytes sent) of each collective that the library asks for; elements of arrays that are put together."""
     calls = []
-    gather, exchange = dist.all_gather_single, dist.all_to_all_single
+    gather, exchange, full = dist.all_gather_single, dist.all_to_all_single, DTensor.full_tensor
+
+    def whole_asked(x, **options):
+        calls.append(("whole", x.numel()))
+        return full(x, **options)
 
     def gathering(output, given, **options):
         calls.append(("gather", given.numel() * given.element_size()))
@@ -205,11 +209,11 @@ def counted():
         calls.append(("exchange", (sum(out) - out[mine]) * size))
         return exchange(output, given, into, out, **options)
 
-    dist.all_gather_single, dist.all_to_all_single = gathering, exchanging
+    dist.all_gather_single, dist.all_to_all_single, DTensor.full_tensor = gathering, exchanging, whole_asked
     try:
         yield calls
     finally:
-        dist.all_gather_single, dist.all_to_all_single = gather, exchange
+        dist.all_gather_single, dist.all_to_all_single, DTensor.full_tensor = gather, exchange, full
 
 
 def communication(name):

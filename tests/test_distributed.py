@@ -19,27 +19,6 @@ from ranks import RankError, Ranks
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.fixture(scope="module")
-def one():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
 def agree(results):
     """Every rank came to the same result, which is returned."""
     assert all(result == results[0] for result in results)
@@ -142,13 +121,6 @@ def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def three():
-    ranks = Ranks(3)
-    yield ranks
-    ranks.stop()
-
-
 @pytest.mark.parametrize(("rule", "flat"), [("Muon", False), ("AdamW", True), ("Apollo", False)])
 def test_torchs_distributed_checkpoint_is_loaded_on_another_number_of_ranks(one, two, three, four, tmp_path, rule, flat):
     four.run(files.save_with_dcp, str(tmp_path), rule, flat)
@@ -199,6 +171,10 @@ def test_a_rank_that_dies_while_a_file_is_written_leaves_the_old_one(tmp_path, v
 
 def test_the_rest_of_the_library(two):
     assert "full_tensor()" in agree(two.run(files.the_rest))
+
+
+def test_autograd_knows_of_dtensors_that_were_written(two):
+    assert all("modified by an inplace operation" in text for text in two.run(files.a_gradient_through_what_was_written))
 
 
 def test_one_norm_over_arrays_of_all_kinds(two):

@@ -11,11 +11,10 @@ pytest.importorskip("torch.distributed.tensor")
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import optimisers as opt
 from optimisers.errors import GatherWarning
-from ranks import Ranks
 from sharded_models import counted
 from table import ROWS
 
@@ -23,20 +22,6 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "distributed.md"
 AROUND = {"OptimiserChain", "Scheduled", "MixedPrecision", "Averaged", "ScheduleFree", "Lookahead", "Cautious", "Projected"}
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
 
 
 def step_of(rule, mesh, placements, shapes, dtype=torch.float32):
@@ -49,14 +34,7 @@ def step_of(rule, mesh, placements, shapes, dtype=torch.float32):
         state = opt.setup(rule, model)
     grads = {name: x * 0.1 for name, x in model.items()}
     state, model = opt.update_(state, model, grads)
-    whole = DTensor.full_tensor
-
-    def gathering(x, **options):
-        calls.append(("whole", x.numel()))
-        return whole(x, **options)
-
-    with counted() as calls, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DTensor, "full_tensor", gathering)
+    with counted() as calls:
         opt.update_(state, model, grads)
     return calls
 

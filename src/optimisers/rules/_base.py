@@ -329,7 +329,6 @@ def check_alone(request: Measurement) -> None:
 
 # --- rules inside rules ---------------------------------------------------------------------------------------------------
 
-
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import dtype_name, is_compiling, is_plain, kind, plain, share_memory, torch_if_loaded, without_autocast
 from ..engine.groups.states import GroupedState
+from ..engine.groups.step import bump_versions
 from ..engine.memory.writes import Write
 from ..engine.tree_step import Given, Stepped, step_tree
 from ..errors import ArgumentError, StructureError, UnfinishedStepError, described
@@ -110,7 +111,7 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     try:
         with no_grad(), without_autocast():
             stepped = step_tree(Given(state, work.xs, work.dxs, work.admitted, in_place=True))
-            leaves = _written(state, work.leaves, stepped, left)
+            leaves = _written(state, work, stepped, left)
             result = stepped.state, state._structure.unflatten(model, leaves) if left and not module else model
             stepped.writes.run()
         return result  # noqa: TRY300 (until it is returned, an interrupt would lose it)
@@ -124,9 +125,9 @@ def update_(state: StateTree, model: Any, grads: Any = None) -> tuple[StateTree,
     return result
 
 
-def _written(state: StateTree, given: Sequence[Any], stepped: Stepped, left: set[int]) -> list[Any]:
+def _written(state: StateTree, work: Work, stepped: Stepped, left: set[int]) -> list[Any]:
     """The leaves after a step in place, of which values are yet to be written; slots with one that cannot be are noted."""
-    leaves = list(given)
+    leaves = list(work.leaves)
     for i, new in stepped.values.items():
         written: list[Any] = []
         for place in state._slots[i].places:
@@ -144,6 +145,9 @@ def _written(state: StateTree, given: Sequence[Any], stepped: Stepped, left: set
                 # What is not known to us comes first: if it raises, nothing has been written.
                 stepped.writes.ready.insert(len(stepped.writes.ready) if is_plain(x) else 0, write)
                 written.append(x)
+    if state._plan.sharded:  # a DTensor has a version besides that of its part
+        moved = [slot for slot, dx in zip(state._slots, work.dxs, strict=True) if slot.sharding is not None and dx is not None]
+        stepped.writes.note(bump_versions(), [work.leaves[place.leaf] for slot in moved for place in slot.places])
     return leaves
 
 

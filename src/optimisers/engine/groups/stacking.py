@@ -92,7 +92,7 @@ def _exchanged(group: Group, members: Vector, where: Place) -> list[Stack]:
     for (_, shape, sharding, _), like in sorted(found.items(), key=lambda item: -cost_of(item[0][1])):
         exchange, ranks = None, 1
         if sharding is not None:
-            exchange = group.exchanges.setdefault(sharding, Exchange(sharding))
+            exchange = group.exchanges.get(sharding) or group.exchanges.setdefault(sharding, Exchange(sharding))
             ranks = exchange.count
         for chosen in in_stacks(like, math.prod(shape), limit * ranks, least * ranks):
             owners: Sequence[int] = ()

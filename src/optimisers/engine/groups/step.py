@@ -138,7 +138,7 @@ class GroupStep:
             track.plan(writes, new_xs, columns)
             track.count(counters)
         if new_xs is None and group.library == "torch":
-            writes.note(_bump_versions(), self._tracked())
+            writes.note(bump_versions(), self._tracked())
         return GroupState(group, columns, counters), new_xs or {}
 
     def _new_columns(self, pool: Pool, number: int, lease: Lease, *, in_place: bool) -> list[Column]:
@@ -219,7 +219,7 @@ def _copy_into(target: Any, source: Any) -> None:
         target.copy_(source)
 
 
-def _bump_versions() -> Callable[[list[Any]], None]:
+def bump_versions() -> Callable[[list[Any]], None]:
     """What tells autograd that tensors were written, which a loop does behind its back."""
     torch: Any = torch_if_loaded()
     return torch.autograd.graph.increment_version  # type: ignore[no-any-return]

@@ -53,7 +53,8 @@ class MatrixRule(CompositeRule):
 
     def step(self, state: State, x: Array, dx: Array) -> tuple[State, Array]:
         """``apply`` to a matrix."""
-        raise NotImplementedError
+        msg = f"{type(self).__name__} is to write step, or matrix_stages in its place"
+        raise NotImplementedError(msg)
 
     def matrix_stages(self, state: State, x: Array, dx: Array) -> Stages:
         """``stages`` of a matrix."""
