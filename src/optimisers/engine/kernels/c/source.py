@@ -91,21 +91,26 @@ DEVICE uint16_t rounded_half_once(double x) {
   return (uint16_t)((rest > 0x7ff0000000000000u ? 0x7e00u : finite) | ((bits >> 48) & 0x8000u));
 }
 
-#if defined(__AVX512F__) || defined(__AVX__)
-#include <immintrin.h>
+#if defined(__AVX512F__)
+#define STREAMED 64
+#elif defined(__AVX__)
+#define STREAMED 32
+#else
+#define STREAMED 8
 #endif
 
-/* 64 bytes to memory that is not going to be read soon: past the caches, which would have to read it first. */
+/* 64 bytes to memory that is not going to be read soon: past the caches, which would have to read it first.
+   In assembly, since <immintrin.h> takes as long to compile as all the rest. */
+typedef int64_t vector __attribute__((vector_size(STREAMED), may_alias));
+
 static inline void stream(void *to, const void *from, int aligned) {
-#if defined(__AVX512F__)
+#if STREAMED > 8
   if (aligned) {
-    _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
-    return;
-  }
-#elif defined(__AVX__)
-  if (aligned) {
-    _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-    _mm256_stream_si256((__m256i *)to + 1, _mm256_loadu_si256((const __m256i *)from + 1));
+    for (int part = 0; part < 64 / STREAMED; ++part) {
+      vector x;
+      memcpy(&x, (const vector *)from + part, STREAMED);
+      __asm__ volatile("vmovntdq %1, %0" : "=m"(((vector *)to)[part]) : "v"(x));
+    }
     return;
   }
 #endif
@@ -113,8 +118,8 @@ static inline void stream(void *to, const void *from, int aligned) {
 }
 
 static inline void streamed(void) {
-#if defined(__AVX512F__) || defined(__AVX__)
-  _mm_sfence();
+#if STREAMED > 8
+  __asm__ volatile("sfence" ::: "memory");
 #endif
 }
 """
