@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "optimisers"
 PARTS = ("errors", "schedules", "arrays", "rules", "tree", "engine", "setup_api", "interop")
 ROOMS_OF_ENGINE = (
-    "graph", "kernels", "memory", "shards", "tracks", "groups", "eager", "autograd", "aliasing", "tree_step", "torch_compile",
+    "graph", "kernels", "memory", "shards", "tracks", "groups", "autograd", "aliasing", "tree_step", "torch_compile",
 )  # fmt: skip
 FACES = {"torch", "optax", "__main__"}  # what a user imports; all of it stands in interop
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -19,7 +19,7 @@ from optimisers.engine.kernels.work import table
 from optimisers.errors import CaptureError, CompileWarning, NonFiniteError
 from programs import texts
 from shim import Shim, prebuild
-from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
+from test_blocks import IDS, LAWFUL, VERBS, assert_same, problem, run
 
 CHAIN = (opt.SignDecay(1e-4), opt.WeightDecay(1e-3), opt.AdamW(3e-3))
 

@@ -10,8 +10,8 @@ from optimisers.arrays import copied
 from optimisers.engine.kernels.cuda import devices, driver
 from optimisers.errors import CaptureError, GradientError, NonFiniteError
 from optimisers.rules._states import map_state
+from test_blocks import IDS, LAWFUL, VERBS, assert_same, problem, run
 from test_cuda import CHAIN, gpt2
-from test_packed import IDS, LAWFUL, VERBS, assert_same, problem, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

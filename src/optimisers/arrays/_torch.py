@@ -47,11 +47,6 @@ def is_wrapper(x: torch.Tensor) -> bool:
     return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
-def is_eager() -> bool:
-    """Whether no torch.func transform, no trace and no level of forward-mode differentiation is active."""
-    return not (torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None or _is_forward())
-
-
 def _is_forward() -> bool:
     return forward_ad._current_level >= 0  # what ``dual_level`` counts; torch has no function that tells it
 
@@ -67,8 +62,10 @@ def is_differentiated(x: torch.Tensor) -> bool:
 
 
 def is_ordinary() -> bool:
-    """Whether tensors are what they seem here: eager, as `is_eager` says, and no dispatch mode is active."""
-    return is_eager() and torch._C._len_torch_dispatch_stack() == 0
+    """Whether tensors are what they seem: no trace, transform, forward mode or dispatch mode is active."""
+    if torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None or _is_forward():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def is_concrete(x: torch.Tensor) -> bool:

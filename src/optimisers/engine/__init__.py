@@ -2,7 +2,7 @@
 
 1. `tree_step` is given parameters and gradients, one for each slot of a state tree; `autograd` says whether they carry a graph.
 2. `groups` puts parameters with one kind of rule, dtype, form of state and device together, once; a `memory.guard` asks before
-   each step whether they are still as they were. What fits no group is stepped by its rule (`tracks`), or packed (`eager`).
+   each step whether they are still as they were. What fits no group is stepped by its rule (`tracks`).
 3. `graph` traces the rule of a group, once for each kind: a program of passes over elements. Numbers are its inputs.
 4. `kernels` makes of a program, by a backend for the device, what runs over a table of addresses and a matrix of numbers.
 5. Groups and single arrays are `tracks`: each goes through its rule, stops where it needs a norm or a matrix transformed, and

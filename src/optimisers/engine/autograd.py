@@ -20,11 +20,6 @@ def is_ordinary() -> bool:
     return not is_recording() and bool(torch_part().is_ordinary())
 
 
-def is_eager() -> bool:
-    """Whether tensors are computed at once: no trace, transform or forward mode. Dispatch modes see what is done to all."""
-    return torch_if_loaded() is not None and bool(torch_part().is_eager())
-
-
 def wants_graph(entries: Iterable[tuple[Entry, Any, Any]]) -> bool:
     """Whether new states or parameters depend on something that requires grad, other than the parameters themselves.
 

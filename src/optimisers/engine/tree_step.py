@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,6 @@ from .memory.writes import Writes
 from .tracks.gathered import Gathered
 from .tracks.scheduler import run
 from .tracks.single import Job, Outcome, Single, entry_after, jobs_of
-
-if TYPE_CHECKING:
-    from .eager.packed import Packed
 
 
 class Stepped(NamedTuple):
@@ -83,15 +80,14 @@ def step_tree(given: Given) -> Stepped:
         return _without_groups(given, graph=graph)
     planned = _planned(tree, grouped, xs)
     planned.cache.steps += 1
-    packs = True
     while True:
         try:
-            stepped = _Step(given, planned, packs=packs).taken()
+            stepped = _Step(given, planned).taken()
         except _NoKernels as refused:
             planned.cache.refused.add(refused.key)
             planned = group_entries(local_entries(tree), xs, planned.cache, tree._slots)
         except GuardFailed:
-            planned, packs = planned.dissolved() if planned.group_states else planned, False
+            planned = planned.dissolved()
         else:
             if planned.group_states:
                 planned.cache.guard_failures = 0
@@ -119,10 +115,7 @@ def _refuse_moved(group: Group, member: int) -> None:
 def _without_groups(given: Given, *, graph: bool) -> Stepped:
     """A step in which every array is stepped by its rule, as where a graph is wanted or tensors are not what they seem."""
     none = without_groups(local_entries(given.tree), RunCache(), given.tree._slots)
-    try:
-        stepped = _Step(given, none, graph=graph, packs=not graph).taken()
-    except GuardFailed:
-        stepped = _Step(given, none, graph=graph, packs=False).taken()
+    stepped = _Step(given, none, graph=graph).taken()
     return stepped._replace(state=rebuilt(given.tree, stepped.state._by_kind))
 
 
@@ -168,7 +161,6 @@ class _Step:
         given: what it is given.
         grouped: the states by group, none of which need be in a group.
         graph: whether to carry a graph.
-        packs: whether tensors that are in no group may be stepped packed.
         groups: the steps of groups, by their numbers.
         misfits: for each group the members that are stepped by their rules, since they are not laid out as their states are.
         gathered: arrays cut over ranks that are put together for their rules, by slot.
@@ -179,8 +171,8 @@ class _Step:
 
     """
 
-    def __init__(self, given: Given, grouped: GroupedState, *, graph: bool = False, packs: bool = True) -> None:
-        self.given, self.grouped, self.graph, self.packs = given, grouped, graph, packs
+    def __init__(self, given: Given, grouped: GroupedState, *, graph: bool = False) -> None:
+        self.given, self.grouped, self.graph = given, grouped, graph
         self.groups: dict[int, GroupStep] = {}
         self.misfits: dict[int, list[int]] = {}
         self.gathered: dict[int, Gathered] = {}
@@ -265,19 +257,12 @@ class _Step:
 
     def _run(self, jobs: dict[int, Job]) -> None:
         """Run all rules and measures. What is to be written in place is noted."""
-        packed: Sequence[Packed] = []
-        if self.packs and jobs and autograd.is_eager():
-            from .eager.packed import pack
-
-            packed, jobs = pack(jobs, in_place=self.given.in_place)
         singles: dict[int, Single] = {**self.gathered, **{i: Single(job) for i, job in jobs.items()}}
-        run([*singles.values(), *packed, *(track for step in self.groups.values() for track in step.tracks)])
+        run([*singles.values(), *(track for step in self.groups.values() for track in step.tracks)])
         self.outcomes.update({i: single.outcome() for i, single in singles.items()})
         if self.given.in_place:
             for old in {*self.grouped.leases(), *(self._entry(i).lease for i in self.grouped.ungrouped)}:
                 self.writes.note(setattr, old, "ended", True)
-        for track in packed:
-            self.outcomes.update(track.plan(self.writes) if self.given.in_place else track.commit())
 
     # --- up ---
 

@@ -24,7 +24,6 @@ class Variant:
         self._scalars = tuple(scalars)
         self._host = Host(program)
         self._on_device: DeviceKernels | Untraceable | None = None
-        self.scripts: dict[frozenset[str], Any] = {}
 
     def loops(self, elements: int) -> Kernels:
         """The loops for a step of so many elements on the host."""
