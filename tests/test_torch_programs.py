@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import tempfile
 
 import pytest
 import torch
@@ -36,6 +37,21 @@ OURS = {
         {"momentum_buffer": "state.1"},
     ),
 }
+
+
+SCHEDULERS = [
+    lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda t: 1 / (1 + t)] * len(o.param_groups)),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5, eta_min=1e-4),
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=8),
+]
+
+
+def saved(o):
+    """A state dict of its own. torch's own fails on states of what is in no group, which are let go of before."""
+    here = {x for group in o.param_groups for x in group["params"]}
+    for x in [x for x in o.state if x not in here]:
+        del o.state[x]
+    return copy.deepcopy(o.state_dict())
 
 
 class Pair:
@@ -170,7 +186,9 @@ class Pair:
 
     def option(self):
         i = self.random.randrange(len(self.sides[0].param_groups))
-        key, value = self.random.choice([("lr", 0.03), ("lr", 0.0), ("weight_decay", 0.2), ("maximize", True), ("mine", 3)])
+        own = [("betas", (0.7, 0.95)), ("betas", (0.0, 0.9)), ("eps", 1e-3)] if "exp_avg" in self.names else [("momentum", 0.4)]
+        common = [("lr", 0.03), ("lr", 0.0), ("weight_decay", 0.2), ("maximize", True), ("mine", 3)]
+        key, value = self.random.choice([*common, *own])
         for o in self.sides:
             o.param_groups[i][key] = value
 
@@ -206,11 +224,8 @@ class Pair:
         for i, o in enumerate(self.sides):
             parked = [pair[i] for pair in self.parked]
             if way == "state_dict":
-                here = {x for group in o.param_groups for x in group["params"]}
-                for x in [x for x in o.state if x not in here]:  # torch's own state dict fails on what is in no group
-                    del o.state[x]
                 file = io.BytesIO()
-                torch.save(o.state_dict(), file)
+                torch.save(saved(o), file)
                 file.seek(0)
                 o.load_state_dict(torch.load(file, weights_only=True))
                 continue
@@ -221,6 +236,38 @@ class Pair:
             self.sides[i], kept = both
             for pair, x in zip(self.parked, kept, strict=True):
                 pair[i] = x
+
+    def edit_after_looking(self):
+        """What was read or saved between a step and an edit is not used by the next step."""
+        look = self.random.choice([lambda o: o.state, saved, copy.copy])
+        for o in self.sides:
+            look(o)
+        self.option()
+
+    def file(self):
+        """The state tree by way of a file, as torch's optimizer by its state dict."""
+        mine, other = self.sides
+        with tempfile.TemporaryDirectory() as folder:
+            opt.save(f"{folder}/state", mine.tree)
+            mine.tree = opt.load(f"{folder}/state", like=mine.tree)
+        mine.load_state_dict(saved(mine))
+        other.load_state_dict(saved(other))
+
+    def resume_a_schedule(self):
+        """Steps under a scheduler that is made anew in the middle, from its own state dict and the optimizer's."""
+        make = self.random.choice(SCHEDULERS)
+        schedulers = [make(o) for o in self.sides]
+        for t in range(6):
+            self.step()
+            for scheduler in schedulers:
+                scheduler.step()
+            self.check()
+            if t == 2:
+                for i, (o, old) in enumerate(zip(self.sides, schedulers, strict=True)):
+                    kept = saved(o), {k: v for k, v in old.state_dict().items() if k != "_anneal_func_type"}
+                    schedulers[i] = make(o)
+                    o.load_state_dict(kept[0])
+                    schedulers[i].load_state_dict(kept[1])
 
     def look(self):
         assert len(self.sides[0].state) >= len(self.pairs())
@@ -239,7 +286,7 @@ class Pair:
 
 ACTIONS = [
     "zero_grad", "exchange", "grow", "reorder", "remove", "put_back", "move", "append", "add_group", "remove_group", "option",
-    "edit_state", "freeze", "save_and_load", "look", "schedule",
+    "edit_state", "freeze", "save_and_load", "look", "schedule", "edit_after_looking", "file", "resume_a_schedule",
 ]  # fmt: skip
 
 

@@ -40,6 +40,14 @@ class Group(NamedTuple):
     shown: Mapping[str, Any] = {}
     """The dict in ``param_groups``."""
 
+    def newcomers(self) -> AbstractRule:
+        """The rule of what comes to the group while it is without parameters."""
+        values = self.entries.values(self.rule)
+        changes = {
+            key: value for key, value in self.seen.items() if key in values and self.entries.changes({key: value}, values)
+        }
+        return self.entries.apply(changes, self.rule, self.base)
+
     def is_as_known(self, group: Mapping[str, Any]) -> bool:
         """Whether this is the dict of the group, with the same parameter objects in the same order."""
         params = group["params"]
@@ -206,8 +214,9 @@ def settle(known: Group, group: dict[str, Any], changed: Mapping[str, Any], tree
     """Note the hyper-parameters that were taken over, and show in the group those that follow from them."""
     if not changed:
         return
-    values = known.entries.values(tree._heads[known.slots[0]].rule) if known.slots else {}
-    if values and "betas" in changed and not known.entries.own_betas:
+    rule = tree._heads[known.slots[0]].rule if known.slots else known.entries.apply(changed, known.newcomers(), known.base)
+    values = known.entries.values(rule)
+    if "betas" in changed and not known.entries.own_betas:
         values["betas"] = (values["betas"][0], *changed["betas"][1:])
     group.update({key: value for key, value in values.items() if key not in changed})
     known.seen.update(values, **changed)

@@ -17,8 +17,10 @@ from ..tree.leaves import Place, Slot, find
 from ..tree.state import StateTree
 from ..tree.structure import ModuleStructure
 from ..tree.ties import tied_groups
+from ._entries import changed_betas, repowered
 from ._groups import Group, Held, refuse_overlaps
 from ._named import Named
+from ._tensors import named_tensors
 
 
 def matched_groups(held: Held, param_groups: Sequence[dict[str, Any]]) -> list[Group | None]:
@@ -55,6 +57,8 @@ class Rearrangement:
         self.names: dict[str, None] = dict.fromkeys(tree._structure.paths)
         self.made: dict[str, tuple[Slot, Entry]] = {}
         """What comes into the tree, by name."""
+        self.followed: list[tuple[torch.Tensor, dict[str, Any], dict[str, Any]]] = []
+        """(parameter, state before, state after) where powers follow the betas of another group."""
         self._refuse_cut_ties()
         self.members = [self._members(i) for i in range(len(param_groups))]
         if self.made:
@@ -122,13 +126,17 @@ class Rearrangement:
         if old.slots:
             first: Any = self.tree._heads[old.slots[0]]
             return first.rule.unresolved(), first.base.unresolved()
-        values = old.entries.values(old.rule)
-        changes = {key: value for key, value in old.seen.items() if key in values and old.entries.changes({key: value}, values)}
-        return old.entries.apply(changes, old.rule, old.base), old.base
+        return old.newcomers(), old.base
 
     def _ruled(self, old: Group, name: str, x: torch.Tensor, entry: Entry) -> Entry:
+        """The entry of a parameter that moves to a group, under its rule; torch's corrections follow the betas there."""
         rule, base = self._rules(old)
-        return entry.replace(rule=rule.resolved(x, name), base=base.resolved(x, name))
+        before: Any = entry.rule
+        new = entry.replace(rule=rule.resolved(x, name), base=base.resolved(x, name))
+        if betas := changed_betas(before, new.rule):  # type: ignore[arg-type]
+            new = new.replace(state=repowered(entry.state, betas))
+            self.followed.append((x, named_tensors(entry.state), named_tensors(new.state)))
+        return new
 
     def _entered(self, old: Group, i: int, name: str, x: torch.Tensor, kept: Any) -> tuple[Slot, Entry]:
         found = find(Named({name: x.detach()}))

@@ -49,8 +49,39 @@ def take_state(held: Held, dtype: str | None) -> None:
             else:  # torch's optimizers begin anew with what was taken out of their state
                 rule: Any = entry.rule
                 entries[number] = entry.replace(state=initial_state(rule, tree._slots[number], x, dtype))
+    parked = _take_parked(held, shown)
     if entries is not None:
-        held.tree, held.shown = rebuilt(tree, entries), None
+        held.tree = rebuilt(tree, entries)
+    if entries is not None or parked:
+        held.shown = None
+
+
+def _take_parked(held: Held, shown: Mapping[torch.Tensor, Any]) -> bool:
+    """As `take_state`, for parameters that are in no group now. Whether there was anything to take."""
+    found = False
+    for x, kept in list(held.parked.items()):
+        name, entry, *_ = kept
+        before, now = shown.get(x), held.view.get(x, {})
+        if before is None or not _edited(before, now, entry):
+            continue
+        found = True
+        if any(key in now for key in before):
+            kept[1] = entry.replace(state=filled(entry.state, now, name))
+        else:
+            del held.parked[x]
+            held.view.pop(x, None)
+    return found
+
+
+def show_followed(held: Held, x: torch.Tensor, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Show numbers that have followed others, unless they were edited: that they differ from those shown is no edit."""
+    shown, now = (held.shown or {}).get(x), held.view.get(x)
+    if shown is None or now is None:
+        return
+    for key, old in before.items():
+        number = key in shown and now.get(key) is shown[key] and not old.ndim
+        if number and old.item() == shown[key].item():
+            shown[key] = now[key] = after[key]
 
 
 def _edited(before: Mapping[str, Any], now: Mapping[str, Any], entry: Entry) -> bool:

@@ -30,7 +30,7 @@ from ._packing import loaded_entries, matched, packed
 from ._tensors import named_tensors
 from ._thawed import refuse, take_in, thawed
 from ._undo import undone_if_it_fails
-from ._view import shown_state, take_state
+from ._view import show_followed, shown_state, take_state
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -248,6 +248,8 @@ class Optimizer(torch.optim.Optimizer):
         places = [i for i, old in enumerate(olds) if old is not None]
         change = Rearrangement(held, [wanted[i] for i in places], [olds[i] for i in places], moment_dtype(self._state_dtype))
         change.commit()
+        for x, before, after in change.followed:
+            show_followed(held, x, before, after)
         new = [group for group, old in zip(wanted, olds, strict=True) if old is None]
         if new:
             self._add_at_their_places(wanted, new)
