@@ -28,7 +28,9 @@ class RankError(AssertionError):
 
 def _serve(rank, count, directory, requests, answers):
     """What a rank does: join the others, and run what it is asked to."""
-    faulthandler.register(signal.SIGUSR1, file=(Path(directory) / f"stack{rank}").open("w"), all_threads=True)
+    stack = (Path(directory) / f"stack{rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+    faulthandler.enable(stack)
     warnings.simplefilter("error")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -111,7 +113,7 @@ class Ranks:
             with contextlib.suppress(OSError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(1)
-        for rank in waiting:
+        for rank in sorted([*waiting, *dead]):
             said.append(f"rank {rank} was here:\n{(Path(self._directory.name) / f'stack{rank}').read_text()}")
         self.stop()
         raise RankError("\n".join(said))
