@@ -26,7 +26,9 @@ ERRORS = {
     "interrupt": KeyboardInterrupt("injected"),
     "system": OSError(28, "No space left on device (injected)"),
 }
-OURS = tuple(ERRORS.values())
+VERBS = ("update_", "update", "step", "add", "take", "save", "extend")
+OF_THE_ADAPTER = {"step", "add", "take"}
+"""Steps, `add_param_group` and `load_state_dict`."""
 
 
 class Points:
@@ -80,10 +82,11 @@ class Line:
         self.verb, self.row, self.lib, self.dtype, self.taken = verb, row, lib, dtype, 0
         self.model = arrays(row, lib, dtype, 0)
         self.result = None
-        if verb == "step":
-            self.params = [(key, torch.nn.Parameter(x)) for key, x in self.model.items()]
-            self.optimizer = optimisers.torch.Optimizer(rule, self.params)
-            self.model = [x for _, x in self.params]
+        if verb in OF_THE_ADAPTER:
+            params = [(key, torch.nn.Parameter(x)) for key, x in self.model.items()]
+            self.optimizer = optimisers.torch.Optimizer(rule, params)
+            self.new = torch.nn.Parameter(self.model["w"] + 1)
+            self.saved = copy.deepcopy(self.optimizer.state_dict())
         else:
             self.state = opt.setup(rule, self.model)
         self.folder = Path(tempfile.mkdtemp()) if verb == "save" else None
@@ -93,9 +96,9 @@ class Line:
 
     def prepare(self):
         """What comes before the call under attack."""
-        if self.verb == "step":
-            for (_, x), dx in zip(self.params, self.grads().values(), strict=True):
-                x.grad = dx
+        if self.verb in OF_THE_ADAPTER:
+            for i, x in enumerate(self.parameters()):
+                x.grad = torch.full_like(x, 0.5 + i + self.taken)
             if self.taken == 2:
                 self.optimizer.state  # noqa: B018 (a view that has to be kept up to date)
                 if self.row.rebuilds and self.row.name != "Rprop":  # which may be changed there
@@ -104,8 +107,13 @@ class Line:
         self.given = self.grads()
 
     def act(self):
-        if self.verb == "step":
-            self.optimizer.step()
+        if self.verb in OF_THE_ADAPTER:
+            if self.taken == 2 and self.verb == "add":
+                self.optimizer.add_param_group({"params": [("new", self.new)]})
+            elif self.taken == 2 and self.verb == "take":
+                self.optimizer.load_state_dict(self.saved)
+            else:
+                self.optimizer.step()
         elif self.verb == "save":
             opt.save(self.folder / "state", self.state)
         elif self.verb == "extend":
@@ -119,11 +127,14 @@ class Line:
     def done(self):
         self.taken += 1
 
+    def parameters(self):
+        return [x for group in self.optimizer.param_groups for x in group["params"]]
+
     def seen(self):
         """Everything there is, to the bit."""
-        state = self.optimizer.tree if self.verb == "step" else self.state
-        model = [x.detach() for x in self.model] if self.verb == "step" else self.model
-        return raw([state, model])
+        if self.verb in OF_THE_ADAPTER:
+            return raw([self.optimizer.tree, [x.detach() for x in self.parameters()]])
+        return raw([self.state, self.model])
 
 
 def reference(verb, row, rule, lib, dtype):
@@ -223,16 +234,13 @@ def _unharmed(line, known, raised, about):
     return outcome
 
 
-VERBS = ("update_", "update", "step", "save", "extend")
-
-
 def points(count, seed, verbs=VERBS, progress=None):
     """(outcome by verb, and what went wrong) of so many random points over the table of rules."""
     choose, known, outcomes, wrong = random.Random(seed), {}, Counter(), []
     table = cases(every=False)
     for i in range(count):
         verb, case = choose.choice(verbs), choose.choice(table)
-        lib = "torch" if verb == "step" else choose.choice(["numpy", "torch"])
+        lib = "torch" if verb in OF_THE_ADAPTER else choose.choice(["numpy", "torch"])
         dtype = choose.choice(["float32", "float64"] if lib == "numpy" else ["float32", "bfloat16"])
         if dtype in case[1].refuses:
             continue

@@ -558,14 +558,16 @@ def test_a_link_stays_a_link(saved):
     assert opt.load(path, model)["a"]["w"].rule.eta == 0.5
 
 
-@pytest.mark.parametrize("stage", ["raw", "_checksum"])
-def test_a_failure_leaves_the_old_file(stage, saved, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "what"), [(_tensor_file, "raw"), (_tensor_file, "_checksum"), (os, "fsync"), (Path, "replace"), (Path, "open")]
+)
+def test_a_failure_leaves_the_old_file(where, what, saved, monkeypatch):
     path, model, state = saved
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_tensor_file, stage, fail)
+    monkeypatch.setattr(where, what, fail)
     fails(lambda: opt.save(path, opt.adjust(state, 0.5)), kind=OSError)
     monkeypatch.undo()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
