@@ -146,7 +146,7 @@ class Loading:
                 text = f"{shown(slot.path)}: its rule is {_nested(file)} in the file, {_nested(here)} here"
                 self.problems.mismatched.append(text)
                 return None
-            if rule != entry.rule and not self._takes(rule, slot, _example(slot)):
+            if rule != entry.rule and not self._takes(rule, slot, host_state(entry)):
                 return None
         reader = Reader(self.tensors, slot.kind, device, same_dtypes=True)
         state = self._state(slot, stored, rule, reader, host_state(entry))
@@ -235,15 +235,23 @@ class Loading:
             raise CheckpointError(msg)
         return found.clone()  # type: ignore[union-attr]
 
-    def _takes(self, rule: AbstractRule, slot: Slot, x: Any) -> bool:
-        """Whether a rule of this library, as the file has it, can be set up for the array; what it refuses is noted."""
+    def _takes(self, rule: AbstractRule, slot: Slot, state: Any) -> bool:
+        """Whether a rule of this library, as the file has it, fits the array and such a state; what does not is noted."""
+        if not all_own(rule):
+            return True
+        x = _example(slot)
         try:
-            if all_own(rule):
-                initial_state(rule, slot, x, None)
+            fresh = initial_state(rule.unresolved().resolved(x, slot.path), slot, x, None)
         except _REFUSALS as error:
             self.problems.mismatched.append(f"{shown(slot.path)}: {type(rule).__name__} refuses it: {error}")
             return False
-        return True
+        there, here = ([tuple(leaf.shape) for leaf in state_leaves(s) if kind(leaf)] for s in (fresh, state))
+        if there != here:
+            text = (
+                f"{shown(slot.path)}: {type(rule).__name__} of the file keeps arrays of shapes {there}, the state here {here}"
+            )
+            self.problems.mismatched.append(text)
+        return there == here
 
     def _state(self, slot: Slot, stored: StoredEntry, rule: AbstractRule | None, reader: Reader, expected: Any) -> Any:
         try:

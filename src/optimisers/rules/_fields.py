@@ -99,6 +99,8 @@ class Choice:
 NON_NEGATIVE = Interval(0)
 POSITIVE = Interval(0, open_low=True)
 FRACTION = Interval(0, 1, open_high=True)
+EXPONENT = Interval(0, 16)
+"""Of counts of steps, whose powers are to stay within float64."""
 
 # One table for the names that mean the same in every rule, so that a rule's fields are written plainly and a user's
 # rule is checked as ours are. A field says otherwise with `metadata={"range": ...}` (None: no check).

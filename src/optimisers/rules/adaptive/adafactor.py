@@ -9,7 +9,7 @@ from typing import Any
 from ...arrays import Array, abs2, maximum, minimum, sqrt
 from .. import _factored
 from .._base import AbstractRule, State
-from .._fields import NON_NEGATIVE, bounded
+from .._fields import EXPONENT, NON_NEGATIVE, bounded
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Adafactor(AbstractRule):
         lambda_: weight decay, times eta, >= 0.
         epsilon: added to squared gradients, >= 0.
         tau: greatest root mean square of what the learning rate multiplies, > 0.
-        power: the decay of the running square at step t is ``1 - t**-power``, >= 0.
+        power: the decay of the running square at step t is ``1 - t**-power``, in [0, 16].
         relative: limit the learning rate at step t to ``1 / sqrt(t)``, as the paper and torch do.
         scaled: multiply it by the root mean square of the array, but at least by ``floor``.
         floor: see there, >= 0.
@@ -37,7 +37,7 @@ class Adafactor(AbstractRule):
     lambda_: Any = 0.0
     epsilon: Any = 1e-30
     tau: Any = 1.0
-    power: Any = bounded(0.8, range=NON_NEGATIVE)
+    power: Any = bounded(0.8, range=EXPONENT)
     relative: bool = True
     scaled: bool = True
     floor: Any = bounded(1e-3, range=NON_NEGATIVE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...arrays import Array, clip, maximum, minimum, sqrt, zeros_like
 from .._base import AbstractRule, State
-from .._fields import NON_NEGATIVE, Interval, bounded
+from .._fields import EXPONENT, Interval, bounded
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Adopt(AbstractRule):
         beta: decays of the running mean and of the running square, in [0, 1).
         lambda_: weight decay, times eta, >= 0.
         epsilon: least root that is divided by, > 0 to be of use.
-        power: how fast the limit grows, >= 0.
+        power: how fast the limit grows, in [0, 16].
         slack: see there, >= 0. With inf nothing is limited, as in the paper's first version.
 
     State: (m, v, t); m and v have x's shape, t is the number of steps taken. Complex arrays are refused.
@@ -32,7 +32,7 @@ class Adopt(AbstractRule):
     beta: tuple[Any, Any] = (0.9, 0.9999)
     lambda_: Any = 0.0
     epsilon: Any = 1e-6
-    power: Any = bounded(0.25, range=NON_NEGATIVE)
+    power: Any = bounded(0.25, range=EXPONENT)
     slack: Any = bounded(0.0, range=Interval(0, finite=False))
 
     law = "elementwise"

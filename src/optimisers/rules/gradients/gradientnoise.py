@@ -8,7 +8,7 @@ from typing import Any
 
 from ...arrays import Array, cast_to, dtype_name, kind, normal, sqrt
 from .._base import AbstractRule, State
-from .._fields import NON_NEGATIVE, Interval, bounded
+from .._fields import EXPONENT, NON_NEGATIVE, Interval, bounded
 from .._seeds import stream_key
 
 
@@ -18,7 +18,7 @@ class GradientNoise(AbstractRule):
 
     Args:
         variance: that of the first step, >= 0.
-        decay: how quickly it falls, >= 0.
+        decay: how quickly it falls, in [0, 16].
         seed: with the parameter's path it makes the key of the random stream, >= 0.
 
     State: (t, key). The noise is a pure function of key, step and place, the same on every device: to resume is to repeat.
@@ -26,7 +26,7 @@ class GradientNoise(AbstractRule):
     """
 
     variance: Any = bounded(0.01, range=NON_NEGATIVE)
-    decay: Any = bounded(0.55, range=NON_NEGATIVE)
+    decay: Any = bounded(0.55, range=EXPONENT)
     seed: int = bounded(0, range=Interval(0, integer=True))
     _: dataclasses.KW_ONLY
     _key: int | None = dataclasses.field(default=None, repr=False)  # made at setup

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ...arrays import Array, cast_to, dtype_name, where
 from .._base import AbstractRule, Stages, State, stages_of
-from .._fields import Interval, bounded
+from .._fields import EXPONENT, Interval, bounded
 from .._wrapper import Wrapper
 from .averaged import as_start
 
@@ -41,8 +41,8 @@ class ScheduleFree(Wrapper):
         rule: what steps z. While its learning rate is 0 (as RAdam's, until its variance is tractable), no step is taken.
         beta: how far y is on the way from z to x, in (0, 1); momentum is what it replaces.
         warmup: steps over which the learning rate rises to that of the rule, >= 0.
-        r: power of the step's number in the weights.
-        power: power of the greatest learning rate so far in the weights.
+        r: power of the step's number in the weights, in [0, 16].
+        power: power of the greatest learning rate so far in the weights, in [0, 16].
 
     State: (z, numbers, state of the rule); z has x's shape and the dtype of moments, but float32 for half precision. x is not
     kept: it follows from y and z. In a chain it must be the last member.
@@ -51,8 +51,8 @@ class ScheduleFree(Wrapper):
     rule: AbstractRule
     beta: Any = bounded(0.9, range=Interval(0, 1, open_low=True, open_high=True))
     warmup: int = bounded(0, range=Interval(0, integer=True))
-    r: Any = bounded(0.0, range=Interval(0))
-    power: Any = bounded(2.0, range=Interval(0))
+    r: Any = bounded(0.0, range=EXPONENT)
+    power: Any = bounded(2.0, range=EXPONENT)
 
     structural = ("beta",)
     final = True
