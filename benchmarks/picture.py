@@ -23,6 +23,7 @@ SHORTER = (
     (" of 64x64 and 64", ""),
     (" of 1,000 elements", ""),
     (", steady state", ""),
+    (", AdamW, a learning rate for each step", ", new rate"),
 )
 
 
@@ -31,7 +32,7 @@ def label(row: Row) -> str:
     text = what(row).removeprefix("GPT-2, ")
     for long, brief in SHORTER:
         text = text.replace(long, brief)
-    text = re.sub(r"^Muon, 6 x \(.*\)", "Muon, a transformer", text.removesuffix(", AdamW"))
+    text = re.sub(r"^(\w+), 6 x \(.*\)(, 10 steps)?", r"\1, a transformer", text.removesuffix(", AdamW"))
     half = ", bfloat16" if row.ours.endswith("bfloat16") else ""
     return f"{text}{half} / {SIDES.get(row.peer, row.peer)}"
 

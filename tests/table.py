@@ -281,7 +281,7 @@ ROWS = (
         complex=False,
         rates=(0.3, 0.1),
         bad=(
-            ({"power": -1}, HyperParameterError, "Adopt: field 'power' must be a finite number >= 0; got -1"),
+            ({"power": -1}, HyperParameterError, "Adopt: field 'power' must be in [0, 16]; got -1"),
             ({"slack": -1}, HyperParameterError, "Adopt: field 'slack' must be a number >= 0; got -1"),
         ),
     ),
