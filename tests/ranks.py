@@ -7,6 +7,7 @@ import faulthandler
 import os
 import queue
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+# A fork of a process that has imported what takes seconds to import; elsewhere than on Linux a fork is not safe.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+IMPORTED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "optimisers.torch"]
 STARTING = 240  # seconds, on a machine that does much else
 _POLL = 0.2
 
@@ -62,7 +66,9 @@ class Ranks:
         self._processes = []
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(METHOD)
+        if METHOD == "forkserver":
+            context.set_forkserver_preload(IMPORTED)
         self._directory = tempfile.TemporaryDirectory()
         self._answers = context.Queue()
         self._requests = [context.Queue() for _ in range(self.count)]

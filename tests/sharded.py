@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -28,8 +30,6 @@ LAYOUTS = {
 
 def layout(name):
     """A function that cuts an array by its name."""
-    import torch.distributed as dist
-
     mesh_shape, placements = LAYOUTS[name]
     mesh = init_device_mesh("cpu", mesh_shape(dist.get_world_size()))
     return lambda key, x: distribute_tensor(x, mesh, placements(key.removeprefix("tied ")), src_data_rank=None)
@@ -47,8 +47,9 @@ def model_of(found, cut=None):
     return {**tree, "tied matrix": tree["matrix"]}
 
 
+@cache
 def gradients(step, dtype, min_ndim, cut=None):
-    """The gradients of a step; some are absent."""
+    """The gradients of a step; some are absent. Steps do not write them."""
     found = arrays(1000 + step, dtype, min_ndim)
     grads = {name: x if cut is None else cut(name, x) for name, x in found.items()}
     grads = {**grads, "frozen": None, "tied matrix": None}
@@ -84,8 +85,15 @@ def worst(found, expected):
     return float(difference / expected.double().abs().max().clamp_min(1e-30))
 
 
-def compared(rule, cut, dtype, min_ndim, steps):
-    _, model = trajectory(rule, None, dtype, min_ndim, steps)
+def part_worst(part, expected):
+    """The largest difference of this rank's part of an array, relative to the largest element of the whole."""
+    of_whole = distribute_tensor(expected, part.device_mesh, part.placements, src_data_rank=None).to_local().double()
+    difference = (part.to_local().double() - of_whole).abs().amax() if of_whole.numel() else 0
+    return float(difference / expected.double().abs().max().clamp_min(1e-30))
+
+
+def compared(rule, cut, dtype, min_ndim, steps, alone):
+    """The largest difference of this rank's parts to the model of one process."""
     state, parts = trajectory(rule, cut, dtype, min_ndim, steps)
     start = arrays(0, dtype, min_ndim)
     assert all(isinstance(x, DTensor) for x in parts.values())
@@ -93,24 +101,32 @@ def compared(rule, cut, dtype, min_ndim, steps):
     leaves = torch.utils._pytree.tree_leaves(state)
     for leaf in leaves:
         assert not isinstance(leaf, DTensor) or tuple(leaf.shape) in {tuple(x.shape) for x in start.values()}
-    return max(worst(x.full_tensor(), model[name]) for name, x in parts.items())
+    return max(part_worst(x, alone[name]) for name, x in parts.items())
+
+
+def references(cases, dtype, steps):
+    """What one process makes of each case; every rank steps some of them, and all are told."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mine = [trajectory(rule, None, dtype, min_ndim, steps)[1] for rule, min_ndim in cases[rank::count]]
+    found = [None] * count
+    dist.all_gather_object(found, mine)
+    return [found[i % count][i // count] for i in range(len(cases))]
 
 
 def run_table(name, dtype, steps, first_only, slack):
-    """(rule, largest difference) of all rules of the table that differ from one process's by more than they may."""
+    """(rule, largest difference) of the rules of the table whose parts here differ from one process's by more than they may."""
     cut, dtype = layout(name), getattr(torch, dtype)
+    rows = [row for row in ROWS if str(dtype).removeprefix("torch.") not in row.refuses]
+    cases = [(rule, row.min_ndim) for row in rows for rule in row.configs[: 1 if first_only else None]]
     failed = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GatherWarning)
-        for row in ROWS:
-            for rule in row.configs[: 1 if first_only else None]:
-                if str(dtype).removeprefix("torch.") in row.refuses:
-                    continue
-                try:
-                    difference = compared(rule, cut, dtype, row.min_ndim, steps)
-                except Exception as error:
-                    error.add_note(f"under {rule!r}")
-                    raise
-                if not difference <= (0 if rule.law == "elementwise" else slack):
-                    failed.append((repr(rule), difference))
+        for (rule, min_ndim), alone in zip(cases, references(cases, dtype, steps), strict=True):
+            try:
+                difference = compared(rule, cut, dtype, min_ndim, steps, alone)
+            except Exception as error:
+                error.add_note(f"under {rule!r}")
+                raise
+            if not difference <= (0 if rule.law == "elementwise" else slack):
+                failed.append((repr(rule), difference))
     return failed

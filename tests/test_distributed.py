@@ -25,28 +25,34 @@ def agree(results):
     return results[0]
 
 
+def assert_nothing_told(results):
+    """No rank has anything to tell."""
+    told = [row for result in results for row in result]
+    assert told == []
+
+
 # The whole table takes minutes: make test-distributed.
 EVERYTHING = bool(os.environ.get("OPTIMISERS_ALL_LAYOUTS"))
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "columns", "replicated"] if EVERYTHING else ["fsdp"])
 def test_every_rule_gives_what_one_process_gives_on_two_ranks(two, layout):
-    steps = 10 if EVERYTHING else 5
-    assert agree(two.run(sharded.run_table, layout, "float32", steps, not EVERYTHING, 2e-6, limit=600)) == []
+    steps = 10 if EVERYTHING else 4
+    assert_nothing_told(two.run(sharded.run_table, layout, "float32", steps, not EVERYTHING, 2e-6, limit=600))
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "fsdp+columns", "fsdp+rows"] if EVERYTHING else ["fsdp+columns"])
 def test_every_rule_gives_what_one_process_gives_on_four_ranks(four, layout):
-    steps = 10 if EVERYTHING else 4
-    assert agree(four.run(sharded.run_table, layout, "float32", steps, True, 2e-6, limit=600)) == []
+    steps = 10 if EVERYTHING else 3  # of both kinds, with an absent gradient, one at a tie, and a change of the rate
+    assert_nothing_told(four.run(sharded.run_table, layout, "float32", steps, True, 2e-6, limit=600))
 
 
 def test_a_mesh_of_one_rank_gives_what_no_mesh_gives(one):
-    assert agree(one.run(sharded.run_table, "fsdp", "float32", 3, True, 2e-6, limit=400)) == []
+    assert_nothing_told(one.run(sharded.run_table, "fsdp", "float32", 3, True, 2e-6, limit=400))
 
 
 def test_every_rule_gives_what_one_process_gives_in_bfloat16(two):
-    assert agree(two.run(sharded.run_table, "fsdp", "bfloat16", 4, True, 2e-2, limit=400)) == []
+    assert_nothing_told(two.run(sharded.run_table, "fsdp", "bfloat16", 10 if EVERYTHING else 3, True, 2e-2, limit=400))
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["update_", "adapter"])
@@ -187,6 +193,6 @@ def test_one_norm_over_arrays_of_all_kinds(two):
 def test_ranks_that_hang_are_ended_and_say_where_they_were():
     ranks = Ranks(2)
     with pytest.raises(RankError, match="in hang_on_the_second"):
-        ranks.run(models.hang_on_the_second, limit=5)
+        ranks.run(models.hang_on_the_second, limit=2)
     assert ranks.run(models.rank_of) == [0, 1]
     ranks.stop()
