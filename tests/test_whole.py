@@ -48,9 +48,6 @@ RULES = {
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 LINE = {"absent": ("w0", "long"), "adjusted": ("w[45]", "tall")}
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2}
-libraries = pytest.mark.parametrize(
-    ("kind", "dtype"), [("numpy", "float32"), ("numpy", "float64"), *[("torch", name) for name in TOLERANCES]]
-)
 
 
 def model_of(kind, dtype, rng):
@@ -63,8 +60,16 @@ def model_of(kind, dtype, rng):
 
 
 @pytest.mark.parametrize("update", [opt.update, opt.update_], ids=["pure", "in place"])
-@pytest.mark.parametrize("way", ["0", "1"])
-@libraries
+@pytest.mark.parametrize(
+    ("kind", "dtype", "way"),
+    [
+        ("numpy", "float64", "0"),
+        ("torch", "bfloat16", "0"),
+        ("numpy", "float32", "1"),
+        ("torch", "float64", "1"),
+        ("torch", "bfloat16", "1"),
+    ],
+)
 @rules
 def test_loops_around_a_transform_give_what_the_rule_gives(rule, kind, dtype, way, update, switch, monkeypatch):
     counter = Counter(monkeypatch)
