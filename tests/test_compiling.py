@@ -14,6 +14,7 @@ import torch
 
 import optimisers as opt
 from looped import Counter, adjusted, forget, held, raw, traces
+from optimisers.engine.groups import group
 from optimisers.engine.kernels import backend
 from optimisers.engine.kernels.c import compiler as build
 from optimisers.errors import CompileWarning
@@ -223,6 +224,33 @@ def test_a_rule_that_cannot_be_traced_is_named_once(switch, monkeypatch):
     steps(CubeRoot(0.2), opt.update, {"a": np.ones(3, np.float32)})  # another warning would be an error
     assert state == expected
     assert model["a"].tobytes() == right["a"].tobytes()
+
+
+@dataclass(frozen=True)
+class ByDegree(opt.AbstractRule):
+    """A rule whose program is another one for each degree."""
+
+    degree: int
+    law = "elementwise"
+
+    def init(self, x):
+        return 0 * x
+
+    def apply(self, state, x, dx):
+        return 0.5 * state + dx, float(self.degree) * dx
+
+
+def test_numbers_that_ask_for_too_many_programs_are_named_once_and_leave_earlier_ones_theirs(switch, monkeypatch):
+    forget(monkeypatch)
+    monkeypatch.setattr(group, "_VARIANTS", 2)
+    switch("1")
+    model = {"a": np.ones(50)}
+    for degree in (1, 2):
+        steps(ByDegree(degree), opt.update, model)
+    with pytest.warns(CompileWarning, match="in too many ways") as seen:
+        further, _ = steps(ByDegree(3), opt.update, model)
+    earlier, _ = steps(ByDegree(2), opt.update, model)
+    assert (len(seen), held(further), held(earlier)) == (1, 0, 1)
 
 
 def truncated(content, _other):

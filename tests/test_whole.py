@@ -248,6 +248,18 @@ def test_blocks_that_do_not_fit_are_found_before_anything_is_written(kind, way, 
         np.testing.assert_allclose(numpy_of(x), before[name], rtol=1e-3)
 
 
+def test_a_rule_that_no_loop_can_be_made_of_for_some_numbers_keeps_the_loops_of_others(switch):
+    """Neurons of several blocks are scaled by numbers of their own, which loops cannot sum up."""
+    switch("1")
+    model = {f"w{i}": np.random.default_rng(i).standard_normal((6, 4)) for i in range(3)}
+
+    def count_held(blocks):
+        state, _ = opt.update(opt.setup(opt.AdaMuon(blocks=blocks), model), model, model)
+        return held(state)
+
+    assert [count_held(blocks) for blocks in (2, 1, 2)] == [0, 3, 0]
+
+
 @pytest.mark.parametrize("where", [None, "w[01]"])
 @pytest.mark.parametrize("fields", [{"eta": 0.05}, {"mu": 0.5}, {"blocks": 2}], ids=str)
 def test_stacks_are_kept_while_rules_keep_them_apart_as_before(fields, where, switch):

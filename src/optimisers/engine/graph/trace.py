@@ -150,12 +150,13 @@ def trace(
         sample: values of the numbers, by name, for decisions that are taken from them. The program holds where these come
             out the same.
 
-    Raises Untraceable, saying why.
+    Raises Refused, saying why and for which numbers.
     """
     tracer = Tracer(library, {**sample})
     lift = _Lift(tracer)
     lifted = lift.rule(rule)
     schedules: list[Schedule] = []
+    ends = form, dtypes, lift.count
 
     def scheduled(at: Any, counter: Traced) -> Any:
         found = lift.schedules[id(at)]
@@ -165,6 +166,25 @@ def trace(
         return at.rule
 
     tracer.scheduled = scheduled
+    try:
+        boundaries, stores, numbers, steps = _outcome(lifted, state, form, dtypes, tracer, lift)
+    except Untraceable as reason:
+        raise Refused(str(reason), program_of(tracer, [], [], {}, schedules, *ends, steps=False)) from None
+    return program_of(tracer, boundaries, stores, numbers, schedules, *ends, steps=steps)
+
+
+class Refused(Untraceable):
+    """A rule that no program can be made of, for numbers for which the guards of an empty program hold."""
+
+    def __init__(self, reason: str, program: Program) -> None:
+        super().__init__(reason)
+        self.program = program
+
+
+def _outcome(
+    rule: AbstractRule, state: Any, form: Sequence[Part], dtypes: tuple[str, str], tracer: Tracer, lift: _Lift
+) -> tuple[list[Boundary | Transform], list[tuple[str, Traced]], dict[str, Traced], bool]:
+    """(measures and transforms, arrays that are written, new numbers of the state, whether the parameter moves)."""
     leaves = iter(
         tracer.array(f"s{i}", part.dtype) if part.form == "array" else tracer.number(f"c{i}", part.dtype)
         for i, part in enumerate(form)
@@ -172,15 +192,13 @@ def trace(
     x, dx = tracer.array("x", dtypes[0]), tracer.array("dx", dtypes[1])
     boundaries: list[Boundary | Transform] = []
     try:
-        after, step = _run(lifted, filled(state, leaves), x, dx, boundaries, tracer, lift)
+        after, step = _run(rule, filled(state, leaves), x, dx, boundaries, tracer, lift)
         new_x = None if step is None else _new_value(x, step)
         stores, numbers = _outputs(state, after, form, tracer)
     except (OptimisersError, TypeError, AttributeError, ValueError, KeyError, ArithmeticError) as error:
         # Whatever a rule does to what is no real array shows when it is run on one.
         raise Untraceable(str(error)) from None
-    if new_x is not None:
-        stores = [("x", new_x), *stores]
-    return program_of(tracer, boundaries, stores, numbers, schedules, form, dtypes, lift.count, steps=new_x is not None)
+    return boundaries, stores if new_x is None else [("x", new_x), *stores], numbers, new_x is not None
 
 
 def numbers_of_lifted(rule: AbstractRule) -> list[Traced]:

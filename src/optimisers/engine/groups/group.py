@@ -18,7 +18,7 @@ from ...rules._states import state_leaves
 from ...tree.heads import Rules
 from ...tree.sharding import Sharding
 from ..graph.program import Place, Program, Schedule, inner
-from ..graph.trace import filled, numbers_of, structure_of_rule, trace
+from ..graph.trace import Refused, filled, numbers_of, structure_of_rule, trace
 from ..kernels.c import compiler as build
 from ..kernels.work import Table, table
 from ..memory.guard import Guard
@@ -26,7 +26,7 @@ from ..memory.pool import Layout
 from ..memory.strides import Vector, element_strides
 from ..shards.exchange import Exchange
 from .stacking import Stack, stacked, stacks_stay
-from .variant import Variant
+from .variant import Refusal, Variant
 
 _VARIANTS = 16
 
@@ -48,7 +48,7 @@ class Columns(Mapping[str, Any]):
 
 
 _variants: defaultdict[Any, list[Variant]] = defaultdict(list)
-_refused: dict[Any, str] = {}
+_refused: dict[Any, list[Refusal]] = {}
 
 
 class Group:
@@ -218,8 +218,6 @@ class Group:
     def partition(self, members: Vector, counters: Vector, dx_dtype: str) -> list[tuple[Variant, Vector, Vector]]:
         """(program, members, inputs) so that together all members are covered. Untraceable, with the reason, if that fails."""
         key = (*self.key, dx_dtype)
-        if key in _refused:
-            raise Untraceable(_refused[key])
         found = []
         variants = _variants[key]
         for variant in variants:
@@ -233,6 +231,11 @@ class Group:
             elif holds.any():
                 found.append((variant, members[holds], matrix))
                 members = members[~holds]
+        for refusal in _refused.get(key, ()) if len(members) else ():
+            matrix = self.columns(refusal.program, counters, members)
+            holds = holding(refusal.program, matrix, members)
+            if holds is None or holds.any():
+                raise Untraceable(refusal.reason)
         while len(members):
             variant = self._traced(int(members[0]), counters, dx_dtype, key)
             matrix = self.columns(variant.program, counters, members)
@@ -248,19 +251,20 @@ class Group:
             sample = {f"h{k}": v for k, v in enumerate(self.hyper[member])}
             sample |= {f"c{i}": counters[member, k] for k, i in enumerate(self.numbers)}
             sample["count"] = float(self.counts[member])
-            _refuse_more(_variants[key])
             program = trace(rule, self.template, self.form, (self.dtype, dx_dtype), self.library, sample)
-        except Untraceable as reason:
-            _refused[key] = str(reason)
+            _refuse_more(_variants[key], program)
+        except Refused as reason:
+            refusals = _refused.setdefault(key, [])
+            refusals[:] = [*refusals[1 - _VARIANTS :], Refusal(reason.program, str(reason))]  # older ones are found out anew
             _warn_untraceable(rule, str(reason))
             raise
         _variants[key].append(Variant(program, self.device, [f"c{i}" for i in self.scalars]))
         return _variants[key][-1]
 
 
-def _refuse_more(variants: list[Variant]) -> None:
+def _refuse_more(variants: list[Variant], program: Program) -> None:
     if len(variants) >= _VARIANTS:
-        raise Untraceable("what it does depends on its numbers in too many ways")
+        raise Refused("what it does depends on its numbers in too many ways", program)
 
 
 _warned: set[str] = set()

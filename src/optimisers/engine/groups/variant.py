@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...arrays import Untraceable
 from ..graph.program import Program
@@ -11,6 +11,13 @@ from ..kernels.backend import Host, Kernels
 from ..kernels.cuda.devices import warn_once
 from ..kernels.cuda.kernels import Device, DeviceKernels
 from ..kernels.cuda.nvrtc import CompilationFailed
+
+
+class Refusal(NamedTuple):
+    """Why no program could be made, for the numbers for which the guards of an empty one hold."""
+
+    program: Program
+    reason: str
 
 
 class Variant:
