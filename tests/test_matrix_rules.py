@@ -363,3 +363,10 @@ def test_constrained_scion_stays_in_the_ball(kind, norm):
         state, x = opt.update(state, x, made(rng.standard_normal((6, 4)), kind))
         assert norms[norm](numpy_of(x)) <= 2 + 1e-6
     assert norms[norm](numpy_of(x)) > 0.3
+
+
+@pytest.mark.parametrize("make", [opt.Muon, opt.NorMuon, opt.AdaMuon, opt.Scion, opt.Dion, opt.SOAP, opt.Shampoo, opt.Kron])
+@pytest.mark.parametrize("blocks", [0, -1, 1.5, True, None, "two", (), (2, 0), 10**30])
+def test_blocks_that_cannot_be_are_refused(make, blocks):
+    with pytest.raises(opt.HyperParameterError, match=f"{make.__name__}: field 'blocks' must be a whole number >= 1"):
+        make(blocks=blocks)

@@ -1,6 +1,7 @@
 """What holds for every rule of the table, over NumPy and over torch."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -35,6 +36,20 @@ def every(**claims):
 def accepted(row, lib):
     """The real dtypes of a library that a rule takes, narrow ones first."""
     return tuple(dtype for dtype in REAL[lib] if dtype not in row.refuses)
+
+
+@every()
+def test_numbers_of_numpy_are_taken_as_numbers(row, rule):
+    def numpys(value):
+        kinds = {int: np.int64, float: np.float64}
+        if isinstance(value, tuple):
+            return tuple(map(numpys, value))
+        return kinds[type(value)](value) if type(value) in kinds else value
+
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        if not field.name.startswith("_"):
+            assert repr(rule.replace(**{field.name: numpys(value)})) == repr(rule)
 
 
 # --- arrays and trees ----------------------------------------------------------------------------------------------------

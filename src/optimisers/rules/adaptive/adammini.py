@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arrays import Array, abs2, sqrt, sum_over, zeros, zeros_like
-from ...errors import HyperParameterError, RuleError
+from ...errors import HyperParameterError, RuleError, brief
 from .._base import AbstractRule, State
-from .._fields import bounded
+from .._fields import bounded, whole
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class AdamMini(AbstractRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counted = isinstance(self.blocks, int) and not isinstance(self.blocks, bool) and self.blocks >= 1
-        if self.blocks not in ("rows", "whole") and not counted:
-            msg = f"AdamMini: field 'blocks' must be 'rows', 'whole' or a whole number >= 1; got {self.blocks!r}"
+        blocks = self.blocks if isinstance(self.blocks, str) and self.blocks in {"rows", "whole"} else whole(self.blocks, 1)
+        if blocks is None:
+            msg = f"AdamMini: field 'blocks' must be 'rows', 'whole' or a whole number >= 1; got {brief(self.blocks)}"
             raise HyperParameterError(msg)
+        object.__setattr__(self, "blocks", blocks)
 
     def stacked(self) -> AdamMini:
         return self.replace(_stack=self._stack + 1)

@@ -11,6 +11,7 @@ from ...arrays import Array, is_complex
 from ...errors import HyperParameterError, RuleError
 from .._adjust import has_eta, scaled
 from .._base import AbstractRule, CompositeRule, Law, Stages, State
+from .matrix_step import check_matrix_fields
 
 
 def is_lone(shape: tuple[int, ...], batch_dims: int) -> bool:
@@ -46,6 +47,8 @@ class MatrixRule(CompositeRule):
         if not (self.fallback is None or callable(self.fallback)):
             msg = f"{name}: field 'fallback' must be None or a predicate on the array; got {self.fallback!r}"
             raise HyperParameterError(msg)
+        if hasattr(self, "blocks"):
+            check_matrix_fields(self)
 
     @abstractmethod
     def start(self, x: Array) -> State:

@@ -13,7 +13,7 @@ from .._fields import Interval, bounded
 from ..adaptive.adamw import AdamW
 from ._matrix_rule import MatrixRule
 from ._neurons import RMS, aligned, squares, times
-from .matrix_step import LAYOUTS, block_runs, check_matrix_fields, polar
+from .matrix_step import LAYOUTS, block_runs, polar
 from .newtonschulz import NewtonSchulz, travelling_dtype
 
 
@@ -54,10 +54,6 @@ class AdaMuon(MatrixRule, TransformingRule):
     _matrix: bool | None = dataclasses.field(default=None, repr=False)  # decided at setup
 
     structural = ("fallback", "batch_dims", "_matrix")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrix_fields(self)
 
     def start(self, x: Array) -> State:
         return zeros_like(x), zeros_like(x, real=True)

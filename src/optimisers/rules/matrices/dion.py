@@ -28,7 +28,7 @@ from .._fields import Interval, bounded, real, whole
 from .._seeds import stream_key
 from ..adaptive.adamw import AdamW
 from ._matrix_rule import MatrixRule
-from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, from_blocks, matrix_shape, scale_of, to_blocks
+from .matrix_step import LAYOUTS, SCALES, block_runs, from_blocks, matrix_shape, scale_of, to_blocks
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class Dion(MatrixRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_matrix_fields(self)
         rank = whole(self.rank, 1) or real(self.rank)
         if rank is None or not (isinstance(rank, int) or 0 < rank <= 1):
             msg = f"Dion: field 'rank' must be a whole number >= 1, or a fraction in (0, 1]; got {brief(self.rank)}"

@@ -14,7 +14,7 @@ from .._fields import Choice, Interval, bounded
 from ..adaptive.adamw import AdamW
 from ..adaptive.nadam import NAdam
 from ._matrix_rule import MatrixRule
-from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, matrix_step
+from .matrix_step import LAYOUTS, SCALES, block_runs, matrix_step
 from .newtonschulz import NewtonSchulz, travelling_dtype
 
 
@@ -60,10 +60,6 @@ class Muon(MatrixRule, TransformingRule):
     _matrix: bool | None = dataclasses.field(default=None, repr=False)  # decided at setup
 
     structural = ("fallback", "momentum", "batch_dims", "_matrix")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrix_fields(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Muon:

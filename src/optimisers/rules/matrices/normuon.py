@@ -13,7 +13,7 @@ from .._fields import Choice, Interval, bounded
 from ..adaptive.adamw import AdamW
 from ._matrix_rule import MatrixRule
 from ._neurons import aligned, inputs, neuron_shape, over_blocks, squares, times
-from .matrix_step import LAYOUTS, SCALES, block_runs, check_matrix_fields, polar, scale_of
+from .matrix_step import LAYOUTS, SCALES, block_runs, polar, scale_of
 from .newtonschulz import NewtonSchulz
 
 
@@ -57,10 +57,6 @@ class NorMuon(MatrixRule):
     _matrix: bool | None = dataclasses.field(default=None, repr=False)  # decided at setup
 
     structural = ("fallback", "layout", "batch_dims", "_matrix")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrix_fields(self)
 
     def start(self, x: Array) -> State:
         block_runs(self, tuple(x.shape))

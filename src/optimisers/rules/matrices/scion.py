@@ -13,7 +13,7 @@ from ...errors import HyperParameterError
 from .._base import AbstractRule, Stages, State, TransformingRule, Whole
 from .._fields import POSITIVE, Choice, Interval, bounded
 from ._matrix_rule import MatrixRule, is_lone
-from .matrix_step import LAYOUTS, SCALES, block_runs, blockwise, check_matrix_fields, scale_of, sides
+from .matrix_step import LAYOUTS, SCALES, block_runs, blockwise, scale_of, sides
 from .newtonschulz import NewtonSchulz, sign_times
 
 
@@ -71,7 +71,6 @@ class Scion(MatrixRule, TransformingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_matrix_fields(self)
         if self.opt is None and self.fallback is not None:
             msg = "Scion: field 'fallback' chooses what opt steps, but opt is None; give it a rule"
             raise HyperParameterError(msg)

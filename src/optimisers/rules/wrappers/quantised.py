@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ...arrays import Array, concatenate, decoded, element_count, encoded, kind
 from ...errors import HyperParameterError, RuleError
 from .._base import AbstractRule, Law, Stages, State, run_alone, stages_of
-from .._fields import Choice, Interval, bounded
+from .._fields import Choice, Interval, bounded, whole
 from .._states import map_state, state_leaves
 from .._wrapper import Wrapper
 
@@ -53,9 +53,10 @@ class Quantised(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits != 8:
+        if whole(self.bits) != 8:
             msg = f"Quantised: field 'bits' must be 8; got {self.bits!r}"
             raise HyperParameterError(msg)
+        object.__setattr__(self, "bits", 8)
 
     @property
     def law(self) -> Law:
