@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
+import pickle
 import warnings
 from pathlib import Path
 
@@ -169,6 +171,7 @@ def the_rest():
     perturbed = opt.ascend(x, grads[0]), opt.ascend(y, grads[1])
     assert all(torch.allclose(perturbed[1][k].full_tensor(), perturbed[0][k], rtol=1e-6) for k in raw)
     assert copy.deepcopy(state) == state
+    assert_pickled(state, y, grads[1])
     assert opt.to(state, dtype="float64")["a"].state[0].dtype == torch.float64
     assert str(opt.estimate(rule, cut)) == str(opt.estimate(rule, raw))
     frozen = opt.freeze(state, where="a")
@@ -187,6 +190,18 @@ def the_rest():
     except opt.errors.ModelError as error:
         return str(error)
     return "nothing raised"
+
+
+def assert_pickled(state, model, grads):
+    """A pickle of this rank's parts, and what torch.save makes of them, continue as the state does."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    _, expected = opt.update(state, model, grads)
+    for found in (pickle.loads(pickle.dumps(state)), torch.load(file, weights_only=False)):
+        assert found == state
+        _, continued = opt.update(found, model, grads)
+        assert all(torch.equal(continued[k].to_local(), x.to_local()) for k, x in expected.items())
 
 
 def a_gradient_through_what_was_written():

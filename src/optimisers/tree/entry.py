@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from ..arrays import dtype_name, is_concrete, is_number, kind, torch_if_loaded
+from ..arrays import copied, dtype_name, is_concrete, is_number, kind, torch_if_loaded
 from ..rules._base import AbstractRule
 from ..rules._states import map_state, state_leaves
-from .sharding import local, with_parts
+from .sharding import is_sharded, local, with_parts
 
 
 class Lease:
@@ -90,6 +90,11 @@ class Entry:
         new = object.__new__(Entry)
         new.__dict__.update(self.__dict__, **changes)
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A DTensor whose part lies inside other memory cannot be pickled: torch takes its offset for an address.
+        state = map_state(lambda leaf: with_parts(leaf, copied) if is_sharded(leaf) else leaf, self.state)
+        return {**vars(self), "state": state}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
         fields = {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "state"}
