@@ -16,6 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import optimisers as opt
+from optimisers.engine.memory import writes
+from optimisers.engine.shards.exchange import BROKEN
 from optimisers.errors import GatherWarning
 from optimisers.torch import Optimizer
 from sharded import worst
@@ -235,6 +237,34 @@ def communication(name):
     with counted() as calls:
         state, model = opt.update_(state, model, grads)
     return calls
+
+
+def fail_between_out_and_back():
+    """(error, what was sent) of a step whose second transform fails, and of the next one."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = {f"{n} {k}": torch.ones(n, n) for n in (4, 5, 6) for k in range(2)}
+    model = {k: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) for k, x in model.items()}
+    state, told = opt.setup(opt.Muon(eta=0.1), model), []
+    state, model = opt.update_(state, model, model)
+    transform, at_once = opt.Muon.transform, writes.PORTION
+
+    def failing(rule, u):
+        told.append("transform")
+        if len(told) == 2:
+            raise MemoryError
+        return transform(rule, u)
+
+    writes.PORTION = 1
+    for function in (failing, transform):
+        opt.Muon.transform = function
+        with counted() as calls:
+            try:
+                opt.update_(state, model, model)
+            except opt.errors.UnfinishedStepError as error:
+                told.append((str(error), [kind for kind, _ in calls]))
+    writes.PORTION = at_once
+    BROKEN.clear()
+    return told
 
 
 def hang_on_the_second():

@@ -124,6 +124,15 @@ def test_matrices_travel_once_to_their_owner_and_back(two, four, count):
         assert sum(sent for _, sent in calls) <= 2 * 1.2 * matrices * (count - 1) / count / count
 
 
+def test_a_rank_that_fails_between_out_and_back_sends_nothing_more(one):
+    *transforms, (first, sent), (second, sent_again) = agree(one.run(models.fail_between_out_and_back))
+    assert transforms == ["transform"] * 2
+    assert "'4 0'" in first
+    assert sent == ["exchange"] * 3  # out, back, and out
+    assert "go on from the last checkpoint" in second
+    assert sent_again == []
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 

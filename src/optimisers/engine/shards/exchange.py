@@ -14,9 +14,13 @@ from typing import Any, final
 import numpy as np
 
 from ...arrays import cast_to, dtype_name, torch_if_loaded
+from ...errors import UnfinishedStepError
 from ...tree.sharding import Sharding
 
 Vector = np.ndarray[Any, Any]
+
+BROKEN: set[Any] = set()
+"""The process groups on which this rank owes others what is to come back."""
 
 
 @final
@@ -54,7 +58,24 @@ class Exchange:
             transform: called with a stack of whole arrays, by ranks that own some.
             dtype: in which they travel.
 
+        Raises:
+            UnfinishedStepError: if an error or an interrupt came between out and back before. The others still wait for what
+                was to come back, and would take anything else for it.
+
         """
+        if self.group in BROKEN:
+            msg = (
+                "matrices of an earlier step, or earlier part of this one, did not come back from their owners, since this "
+                "rank was interrupted or could not transform its own; the other ranks wait for them. End all, and go on from "
+                "the last checkpoint"
+            )
+            raise UnfinishedStepError(msg)
+        BROKEN.add(self.group)
+        found = self._there_and_back(given, owners, transform, dtype)
+        BROKEN.discard(self.group)
+        return found
+
+    def _there_and_back(self, given: Any, owners: Sequence[int], transform: Callable[[Any], Any], dtype: str) -> Any:
         own = dtype_name(given)
         given = cast_to(given, dtype)
         mine = [j for j, owner in enumerate(owners) if owner == self.me]
