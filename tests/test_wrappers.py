@@ -9,7 +9,7 @@ import torch
 import optimisers as opt
 from golden_data import made, numpy_of
 from looped import held
-from optimisers.arrays import is_number
+from optimisers.arrays import decoded, encoded, is_number
 from optimisers.errors import ArgumentError, HyperParameterError, NonFiniteError, RuleError
 from optimisers.rules._states import state_leaves
 from optimisers.rules.wrappers import quantised
@@ -298,6 +298,19 @@ def test_moments_in_codes_are_the_moments_to_two_percent_of_their_size(rule, cod
         assert (np.sign(found) * np.sign(exact) >= 0).all()
         if levels == 255:
             assert ((found > 0) == (exact > 0)).all()
+
+
+@both_kinds
+@pytest.mark.parametrize("linear", [False, True])
+def test_codes_of_a_block_do_not_depend_on_the_blocks_beside_it(linear, kind):
+    """Where all blocks have a sign, or none has, only that way is computed."""
+    rng = np.random.default_rng(3)
+    signed = rng.standard_normal(64)
+    parts = [made(part, kind) for part in (signed, signed**2, np.concatenate([signed, signed**2]))]
+    found = [encoded(part, 16, linear=linear) for part in parts]
+    found = [(*each, decoded(*each, 16, linear=linear)) for each in found]
+    for apart, together in zip(zip(*found[:2], strict=True), found[2], strict=True):
+        assert b"".join(numpy_of(part).tobytes() for part in apart) == numpy_of(together).tobytes()
 
 
 @both_kinds

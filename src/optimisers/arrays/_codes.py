@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ._elementwise import maximum, sign, sqrt, where, zeros
+from ._host import can_read
 from ._kinds import Array, cast_to, dtype_name, namespace, working_dtype
+from ._matrices import on_cpu
 from ._reductions import concatenate
 
 
@@ -29,9 +32,14 @@ def encoded(x: Array, block: int, *, linear: bool) -> tuple[Array, Array]:
     ratio = where(ratio == ratio, ratio, 0.0)  # noqa: PLR0124 (NaN, also as the ratio of infinities)
     size = abs(ratio)
     xp: Any = namespace(blocks)
-    signed = xp.round(127 * (size if linear else sqrt(size))) * sign(ratio)
-    unsigned = where(ratio > 0, maximum(xp.round(255 * (size if linear else sqrt(sqrt(size)))), 1.0), 0.0) - 128
-    codes = cast_to(where(negative[:, None], signed, unsigned), "int8").reshape((-1,))[:count]
+
+    def signed() -> Array:
+        return xp.round(127 * (size if linear else sqrt(size))) * sign(ratio)
+
+    def unsigned() -> Array:
+        return where(ratio > 0, maximum(xp.round(255 * (size if linear else sqrt(sqrt(size)))), 1.0), 0.0) - 128
+
+    codes = cast_to(_by_sign(negative, signed, unsigned), "int8").reshape((-1,))[:count]
     return codes.reshape(x.shape), where(negative, -top, top)
 
 
@@ -41,8 +49,29 @@ def decoded(codes: Array, scales: Array, block: int, *, linear: bool) -> Array:
     count = flat.shape[0]
     rest = -count % block
     c = (concatenate([flat, zeros(flat, (rest,))], axis=0) if rest else flat).reshape((-1, block))
-    part, above = c / 127, (c + 128) / 255
-    if not linear:
-        part, above = part * abs(part), above * above * (above * above)
     scale = scales[:, None]
-    return where(scale < 0, part * -scale, above * scale).reshape((-1,))[:count].reshape(codes.shape)
+
+    def signed() -> Array:
+        part = c / 127
+        return (part if linear else part * abs(part)) * -scale
+
+    def unsigned() -> Array:
+        above = (c + 128) / 255
+        if not linear:
+            above = above * above
+            above = above * above
+        return above * scale
+
+    return _by_sign(scales < 0, signed, unsigned).reshape((-1,))[:count].reshape(codes.shape)
+
+
+def _by_sign(negative: Array, signed: Callable[[], Array], unsigned: Callable[[], Array]) -> Array:
+    """What blocks with a negative element are, and what others are; both are computed only where some block needs each.
+
+    A whole moment is mostly one of the two, and that can be read on the CPU at no cost.
+    """
+    if can_read(negative) and on_cpu(negative):
+        count = int(negative.sum())
+        if count in {0, negative.shape[0]}:
+            return signed() if count else unsigned()
+    return where(negative[:, None], signed(), unsigned())
