@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -184,6 +186,11 @@ def bad_input(what):
     if what == "disagreement":
         rule = opt.Adam(0.1) if dist.get_rank() == 0 else opt.Adam(0.2)
         return text_of(opt.setup, lambda p: rule if p.path == "w" else opt.Adam(0.1), model)
+    if what == "other routes":
+        pattern = "w" if dist.get_rank() == 0 else "b"
+        return text_of(opt.setup, opt.Route((pattern, opt.Descent(0.1)), otherwise=opt.Adam(0.1)), model)
+    if what == "fewer parameters":
+        return text_of(opt.setup, opt.Adam(0.1), model if dist.get_rank() == 0 else {"b": model["b"]})
     return text_of(opt.update_, state, model, grads)
 
 
@@ -265,6 +272,22 @@ def fail_between_out_and_back():
     writes.PORTION = at_once
     BROKEN.clear()
     return told
+
+
+def go_on_without_the_second(file):
+    """What torch tells a rank of which the other has died, which is written to a file; the state is as before."""
+    _, model, grads = small()
+    state = opt.setup(opt.OptimiserChain(opt.ClipNorm(1.0), opt.Adam(0.1)), model)
+    if dist.get_rank() == 1:
+        os._exit(7)
+    before = {name: x.to_local().clone() for name, x in model.items()}
+    try:
+        opt.update_(state, model, grads)
+    except RuntimeError as error:
+        own = isinstance(error, opt.errors.OptimisersError)
+        same = all(torch.equal(x.to_local(), before[name]) for name, x in model.items())
+        Path(file).write_text(f"of torch: {not own}, nothing changed: {same}")
+    time.sleep(1000)  # so that the other is seen to be the dead one
 
 
 def hang_on_the_second():

@@ -89,6 +89,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(two):
         ("no longer sharded", ["StructureError", "'w'", "Shard(dim=0)", "Set up a new state"]),
         ("sharded after setup", ["StructureError", "'b'", "Shard(dim=0)", "Shard the model first"]),
         ("disagreement", ["ModelError", "rank 0", "rank 1", "'w'", "eta=0.1", "eta=0.2"]),
+        ("other routes", ["ModelError", "rank 0 has 'b'", "Descent", "rank 1 has 'b'", "Adam"]),
+        ("fewer parameters", ["ModelError", "only rank 0 trains 'w'"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -194,6 +196,16 @@ def test_autograd_knows_of_dtensors_that_were_written(two):
 
 def test_one_norm_over_arrays_of_all_kinds(two):
     assert max(agree(two.run(files.one_norm_over_all_kinds))) <= 1e-7
+
+
+def test_a_rank_that_is_dead_is_told_by_torch_and_changes_nothing(tmp_path):
+    ranks = Ranks(2)
+    try:
+        with pytest.raises(RankError, match="rank 1 is dead, with exit code 7"):
+            ranks.run(models.go_on_without_the_second, str(tmp_path / "told"))
+    finally:
+        ranks.stop()
+    assert (tmp_path / "told").read_text() == "of torch: True, nothing changed: True"
 
 
 # --- the processes themselves -----------------------------------------------------------------------------------------------
