@@ -43,6 +43,16 @@ class Counter:
         monkeypatch.setattr(loops.Call, "ready", run)
 
 
+NATIVE_FLAGS = build._FLAGS
+"""Those of users, read before the tests begin."""
+
+
+def natively(monkeypatch):
+    """Loops for this processor, as in a process of a user."""
+    forget(monkeypatch)
+    monkeypatch.setattr(build, "_FLAGS", NATIVE_FLAGS)
+
+
 def forget(monkeypatch):
     """An engine that has traced, compiled and warned of nothing yet."""
     monkeypatch.setattr(group, "_variants", defaultdict(list))

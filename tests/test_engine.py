@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import optimisers as opt
-from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, forget, held, is_agreed, is_exact, raw
+from looped import Counter, adjusted, assert_alike, assert_states_alike, coarsest, held, is_agreed, is_exact, natively, raw
 from optimisers.engine.groups import states as held_module
 from optimisers.engine.kernels import threads, work
-from optimisers.engine.kernels.c import compiler as build
 from optimisers.engine.kernels.c import loops
 from optimisers.engine.memory import guard
 from optimisers.rules._base import TransformingRule, walk
@@ -25,7 +24,6 @@ DTYPES = (("numpy", "float64"), ("torch", "float32"), ("torch", "bfloat16"), ("t
 # The loops are the same as for the other library, up to roots: for every third rule.
 MORE = (("numpy", "float32"), ("torch", "float64"), ("numpy", "float16"))
 LOOPED = [case for case in cases() if case[1].law in {"elementwise", "measured"}]
-NATIVE_FLAGS = build._FLAGS  # read before the tests begin
 NATIVE = ("Adam", "Rprop", "ClipNorm > AdamW", "MixedPrecision", "Lion", "NAdam", "Lamb", "Prodigy")
 
 
@@ -160,16 +158,14 @@ def test_loops_give_what_rules_with_other_numbers_give(rule, switch, monkeypatch
 @pytest.mark.parametrize(("lib", "dtype"), [("numpy", "float64"), ("torch", "bfloat16")])
 @pytest.mark.parametrize("name", NATIVE)
 def test_loops_for_this_processor_give_what_the_rule_gives(name, lib, dtype, switch, monkeypatch):
-    forget(monkeypatch)
-    monkeypatch.setattr(build, "_FLAGS", NATIVE_FLAGS)
+    natively(monkeypatch)
     rule = next(rule for case, _, rule in LOOPED if case == name)
     compare(rule, lib, dtype, switch, monkeypatch)
 
 
 @pytest.mark.parametrize(("lib", "dtype"), [("numpy", "float32"), ("torch", "bfloat16")])
 def test_much_is_written_past_the_caches(lib, dtype, switch, monkeypatch):
-    forget(monkeypatch)
-    monkeypatch.setattr(build, "_FLAGS", NATIVE_FLAGS)  # others have no such stores
+    natively(monkeypatch)  # others have no such stores
     monkeypatch.setattr(loops, "_MUCH", 1)
     compare(opt.Adam(), lib, dtype, switch, monkeypatch)
 
