@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             model = GPT(args.context, args.width, args.layers).to(dtype)
             rule = choice.rule(choice.eta)
             histories.append(run(model, rule, data, steps=args.steps, batch=args.batch, seed=args.seed))
+        dist.barrier()  # nobody leaves while another still talks to it
         if dist.get_rank() == 0:
             report(*histories, ranks, TOLERANCE[dtype])
     finally:

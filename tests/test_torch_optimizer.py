@@ -639,25 +639,47 @@ def test_hooks_of_the_state_dict_run():
     assert "extra" in state  # the caller's dict is left alone
 
 
-def test_grad_scaler():
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("parts", ["one group", "two groups", "two optimizers"])
+def test_grad_scaler(parts, clip):
     ours, theirs = net(), net()
-    optimizer = Optimizer(opt.AdamW(0.01, lambda_=0.1), ours)
-    reference = torch.optim.AdamW(theirs.parameters(), 0.01, weight_decay=0.1)
+
+    def made(make, module):
+        halves = [list(module[0].parameters()), list(module[2].parameters())]
+        if parts == "two optimizers":
+            return [(make(half), half) for half in halves]
+        groups = [{"params": halves[0]}, {"params": halves[1], "lr": 0.003}]
+        every = halves[0] + halves[1]
+        return [(make(groups if parts == "two groups" else every), every)]
+
+    optimizers = made(lambda given: Optimizer(opt.AdamW(0.01, lambda_=0.1), given), ours)
+    references = made(lambda given: torch.optim.AdamW(given, 0.01, weight_decay=0.1, fused=True), theirs)
     x = torch.ones(4, 3, dtype=torch.float64)
-    for module, o in ((ours, optimizer), (theirs, reference)):
+    for module, steppers in ((ours, optimizers), (theirs, references)):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         for i in range(6):
-            o.zero_grad()
-            loss = module(x).square().sum()
-            scaler.scale(loss if i != 3 else loss * float("inf")).backward()
-            before = weights(module)
-            scaler.unscale_(o)
-            scaler.step(o)
+            module.zero_grad()
+            scaler.scale(module(x).square().sum()).backward()
+            if i == 3:
+                module[2].weight.grad[0, 0] = float("inf")
+            for o, params in steppers:
+                before = [p.detach().clone() for p in params], copy.deepcopy(o.state_dict()["state"])
+                if clip:
+                    scaler.unscale_(o)
+                    torch.nn.utils.clip_grad_norm_(params, 0.5)
+                scaler.step(o)
+                skipped = i == 3 and any(p is module[2].weight for p in params)
+                after = [p.detach() for p in params], o.state_dict()["state"]
+                assert all(map(torch.equal, before[0], after[0])) == skipped
+                if module is ours:
+                    assert tree_equal(before[1], after[1]) == skipped
             scaler.update()
-            moved = any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-            assert moved == (i != 3)
         assert scaler.get_scale() == 2.0**11
     assert_close(ours, theirs)
+
+
+def tree_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
 
 
 def test_complex_parameters():
