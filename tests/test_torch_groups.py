@@ -292,6 +292,92 @@ def test_moments_follow_parameters_of_one_shape():
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["b", "a"]
 
 
+def steps_of_both(make_ours, make_torchs, program):
+    """The parameters after a program, as ours and as torch's optimizer leave them."""
+    for make in (make_ours, make_torchs):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(4)]
+        optimizer = make([{"params": params[:2]}, {"params": params[2:]}])
+
+        def step(o=optimizer, generator=generator):
+            for x in (x for group in o.param_groups for x in group["params"]):
+                x.grad = torch.randn(3, generator=generator, dtype=torch.float64)
+            o.step()
+
+        program(optimizer, step)
+        yield torch.stack([x.detach() for x in params])
+
+
+@pytest.mark.parametrize("betas", [(0.7, 0.95), (0.0, 0.9), (0.8, 0.0)])
+@pytest.mark.parametrize("look", [lambda o: None, lambda o: o.state], ids=["unseen", "seen"])
+def test_corrections_follow_the_betas_of_the_group_that_a_parameter_moves_to(betas, look):
+    def program(o, step):
+        o.param_groups[1]["betas"] = betas
+        for start, end in ((0, 1), (1, 0)):
+            step()
+            step()
+            look(o)
+            o.param_groups[end]["params"].append(o.param_groups[start]["params"].pop(0))
+            step()
+
+    ours, torchs = steps_of_both(
+        lambda groups: Optimizer(opt.AdamW(0.01, (0.8, 0.9), 0.1), groups),
+        lambda groups: torch.optim.AdamW(groups, 0.01, (0.8, 0.9), weight_decay=0.1),
+        program,
+    )
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
+MOMENTUM = (
+    lambda groups: Optimizer(opt.OptimiserChain(opt.Momentum(1.0, 0.7), opt.Descent(0.05)), groups),
+    lambda groups: torch.optim.SGD(groups, 0.05, momentum=0.7),
+)
+
+
+@pytest.mark.parametrize("edit", ["delete", "scale", "replace"])
+def test_the_state_of_what_is_in_no_group_is_edited_as_torchs(edit):
+    def program(o, step):
+        step()
+        out = o.param_groups[0]["params"].pop(0)
+        step()
+        (name,) = o.state[out]
+        if edit == "delete":
+            del o.state[out]
+        elif edit == "scale":
+            o.state[out][name].mul_(0.5)
+        else:
+            o.state[out][name] = torch.full_like(out, 0.25)
+        step()
+        o.state  # noqa: B018 (filled anew)
+        o.param_groups[0]["params"].insert(0, out)
+        step()
+        step()
+
+    ours, torchs = steps_of_both(*MOMENTUM, program)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_without_parameters_keeps_the_momentum_that_a_scheduler_sets():
+    def program(o, step):
+        step()
+        moving = o.param_groups[1]["params"]
+        out = moving.pop(0)
+        o.param_groups[0]["params"].append(moving.pop(0))
+        step()
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=8)
+        for _ in range(3):
+            step()
+            scheduler.step()
+        o.param_groups[0]["params"].reverse()  # which looks at all groups anew
+        step()
+        moving.append(out)
+        step()
+        step()
+
+    ours, torchs = steps_of_both(*MOMENTUM, program)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
 def test_what_was_taken_out_is_not_kept_alive():
     import gc
     import weakref

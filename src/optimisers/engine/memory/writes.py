@@ -5,9 +5,8 @@ made by one call into C, so that no handler of a signal runs between two of them
 where they were, and what was copied is copied once more. So whatever is raised among them does not stop the step, which is
 finished first.
 
-Whole matrices are transformed in portions, since all at once would take as much memory
-as the parameters. One of the later portions may fail after others were written. Then everything else is written all the same,
-and it is known what was not.
+Whole matrices are transformed in portions, since all at once would take as much memory as the parameters. One of the later
+portions may fail after others were written. Then everything else is written all the same, and it is known what was not.
 """
 
 from __future__ import annotations

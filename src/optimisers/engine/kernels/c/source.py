@@ -108,7 +108,7 @@ static inline void stream(void *to, const void *from, int aligned) {
   if (aligned) {
     for (int part = 0; part < 64 / STREAMED; ++part) {
       vector x;
-      memcpy(&x, (const vector *)from + part, STREAMED);
+      memcpy(&x, (const char *)from + STREAMED * part, STREAMED); /* which need not be aligned */
       __asm__ volatile("vmovntdq %1, %0" : "=m"(((vector *)to)[part]) : "v"(x));
     }
     return;
